@@ -1,0 +1,485 @@
+"""Frozen LLaVA / Qwen2.5-VL with token pruning between the vision encoder and the projector.
+
+Only this file knows `transformers`. A selector sees `Units` and answers with indices, never the model.
+
+    vlm    = FrozenVLM.from_pretrained(path)
+    batch  = vlm.batch(images, turns)           one image and one dialogue per row, left padded
+    units  = vlm.encode(batch)                  frozen vision encoder, before the projector
+    prompt = vlm.embed(batch, units, feats)     training: every unit, gated by the selector, differentiable
+    prompt = vlm.prune(batch, units, keep)      inference: the kept units alone, each at its ORIGINAL position
+    vlm.loss(prompt), vlm.logits(prompt), vlm.generate(prompt)
+
+A unit is what the language model reads as one visual token: a CLIP patch in LLaVA, a 2x2 block of patches
+in Qwen2.5-VL. Pruning here is exact: the logits are those of the full sequence with the dropped tokens hidden
+by the attention mask, because what stays keeps the rotary position it had there.
+
+Shapes  B rows (= images), M units of all images together, N most units of one image, C vision width,
+        P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary.
+Extend  a further family is one more Adapter class and one more line in ADAPTERS.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, Qwen2_5_VLProcessor
+from transformers.processing_utils import ProcessorMixin
+from transformers.vision_utils import get_vision_window_index
+
+IGNORE = -100                                         # label of a token that is no answer
+
+
+@dataclass
+class Units:
+    """The visual units of a batch: everything that a selector sees. No gradient.
+
+    feats     (M, C), or (M, P, C) where a unit has P patches: raster order, all images one after another
+    image_of  (M,) int64, row of the batch that the unit belongs to, ascending
+    grid      (rows, columns) of units, for every image
+    cls       (M,) float32 attention of [CLS] to the unit, mean over heads, in the layer that feats leave;
+              None for an encoder without [CLS] (Qwen2.5-VL)
+    """
+    feats: Tensor
+    image_of: Tensor
+    grid: list[tuple[int, int]]
+    cls: Tensor | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """Units of each image."""
+        return [rows * columns for rows, columns in self.grid]
+
+    def _column(self) -> Tensor:
+        """(M,) index of every unit inside its own image."""
+        return torch.cat([torch.arange(n, device=self.image_of.device) for n in self.counts])
+
+    def pad(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(M, ...), by default feats -> (B, N, ...) with zeros behind shorter images, valid (B, N) bool."""
+        x = self.feats if x is None else x
+        if len(x) != len(self.image_of):
+            raise ValueError(f"pad() got {len(x)} rows: expected one per unit, that is {len(self.image_of)}")
+        column = self._column()
+        out = x.new_zeros(len(self.grid), max(self.counts), *x.shape[1:])
+        valid = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
+        out[self.image_of, column] = x
+        valid[self.image_of, column] = True
+        return out, valid
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """(B, N, ...) -> (M, ...), the inverse of pad()."""
+        if padded.shape[:2] != (len(self.grid), max(self.counts)):
+            raise ValueError(f"flat() got shape {tuple(padded.shape)}: expected ({len(self.grid)}, "
+                             f"{max(self.counts)}, ...), as pad() gives it")
+        return padded[self.image_of, self._column()]
+
+
+@dataclass
+class Prompt:
+    """What enters the language model.
+
+    embeds (B, L, D) | mask (B, L) int64, 0 on the left padding | pos (B, L), or (3, B, L) with M-RoPE
+    labels (B, L) int64, -100 on all but the answers | is_visual (B, L) bool
+    """
+    embeds: Tensor
+    mask: Tensor
+    pos: Tensor
+    labels: Tensor | None
+    is_visual: Tensor
+
+
+class LlavaAdapter:
+    """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
+
+    processor_class = AutoProcessor
+
+    def __init__(self, model):
+        config, vision = model.config, model.config.vision_config
+        layer, layers = config.vision_feature_layer, vision.num_hidden_layers
+        strategy = config.vision_feature_select_strategy
+        if (vision.model_type, strategy) != ("clip_vision_model", "default"):
+            raise ValueError(f"LLaVA with vision tower {vision.model_type!r}, select strategy {strategy!r}: "
+                             "expected 'clip_vision_model' and 'default', which drops [CLS]")
+        if not isinstance(layer, int) or not 0 < abs(layer) <= layers:
+            raise ValueError(f"vision_feature_layer={layer}: expected one of the {layers} layers, such as -2")
+        # hidden state 0 is the embedding, so the last of all states is the output of layer number `layers`
+        self.depth = layer if layer > 0 else layers + 1 + layer
+        self.model, self.width = model.model, vision.hidden_size
+        self.side = vision.image_size // vision.patch_size
+
+    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
+        """feats (M, C), grid, cls (M,). The layers above the feature layer do not run."""
+        tower = self.model.vision_tower
+        x = tower.pre_layrnorm(tower.embeddings(batch["pixel_values"]))
+        for block in tower.encoder.layers[:self.depth]:
+            before, x = x, block(x, attention_mask=None)
+        cls = self._cls_row(block, block.layer_norm1(before))
+        return x[:, 1:].flatten(0, 1), [(self.side, self.side)] * len(x), cls.flatten()
+
+    @staticmethod
+    def _cls_row(block, x: Tensor) -> Tensor:
+        """(B, 1 + N, C) normed layer input -> (B, N). Fused attention returns no weights; redo one row."""
+        attention = block.self_attn
+        heads = (attention.num_heads, attention.head_dim)
+        q = attention.q_proj(x[:, 0]).unflatten(-1, heads)                            # (B, H, d)
+        k = attention.k_proj(x).unflatten(-1, heads)                                  # (B, 1 + N, H, d)
+        row = torch.einsum("bhd,bkhd->bhk", q, k) * attention.scale                   # (B, H, 1 + N)
+        return row.softmax(-1, dtype=torch.float32).mean(1)[:, 1:]
+
+    def project(self, feats: Tensor) -> Tensor:
+        return self.model.multi_modal_projector(feats)
+
+    def positions(self, batch) -> Tensor:
+        return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
+    """The stock processor without its video half, which cannot even be built where torchvision is missing."""
+
+    # transformers reads the parts to load from this signature: no video_processor here, none is looked for
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token = self.video_token_id = self.video_processor = None
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class QwenAdapter:
+    """Qwen2.5-VL: native resolution; a unit is a block of patches that the merger turns into one token."""
+
+    processor_class = ImageOnlyQwenProcessor
+
+    def __init__(self, model):
+        vision = model.config.vision_config
+        self.model, self.width, self.merge = model.model, vision.hidden_size, vision.spatial_merge_size
+        self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
+                           patch_size=vision.patch_size)
+
+    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], None]:
+        """feats (M, P, C), grid, no cls."""
+        grid = batch["image_grid_thw"]
+        feats = self.model.visual(batch["pixel_values"], grid_thw=grid).last_hidden_state
+        # the encoder leaves its blocks in the order of its attention windows; selectors expect raster order
+        window, _ = get_vision_window_index(grid, **self.window)
+        feats = feats.view(-1, self.merge ** 2, self.width)[window.to(feats.device).argsort()]
+        return feats, [(h // self.merge, w // self.merge) for _, h, w in grid.tolist()], None
+
+    def project(self, feats: Tensor) -> Tensor:
+        return self.model.visual.merger(feats.flatten(0, 1))
+
+    def positions(self, batch) -> Tensor:
+        """(3, B, L), from the FULL prompt: on pruned ids all positions behind the image would be wrong."""
+        ids = batch["input_ids"]
+        visual = (ids == self.model.config.image_token_id).int()
+        return self.model.get_rope_index(ids, visual, image_grid_thw=batch["image_grid_thw"],
+                                         attention_mask=batch["attention_mask"])[0]
+
+
+ADAPTERS = {"llava": LlavaAdapter, "qwen2_5_vl": QwenAdapter}
+
+
+class FrozenVLM(nn.Module):
+    """A VLM that is never trained, and whose visual tokens can be pruned. Build it with from_pretrained()."""
+
+    def __init__(self, model: nn.Module, processor):
+        super().__init__()
+        self.model, self.lm = model.requires_grad_(False).eval(), model.model.language_model
+        self.adapter = ADAPTERS[model.config.model_type](model)
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.image_id = model.config.image_token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        # Qwen's template ends an answer itself, LLaVA's does not, and a model must learn to stop
+        ask, answer = self._message("user", "a"), self._message("assistant", "b")
+        bare = self._template([ask, answer])[len(self._template([ask], generation=True)):].strip() == "b"
+        self.end = self.tokenizer.eos_token if bare else ""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa") -> "FrozenVLM":
+        """Load a checkpoint folder or hub name; attn is the attn_implementation of transformers.
+
+        Raises FileNotFoundError if there is no such checkpoint, ValueError if its family is not supported.
+        """
+        name = str(name_or_path)
+        try:
+            family = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(f"no checkpoint at {name!r}: expected a folder with a config.json, or a "
+                                    "name on the Hugging Face hub; train or download it first") from error
+        if family not in ADAPTERS:
+            raise ValueError(f"{name!r} has model_type {family!r}: expected one of {', '.join(ADAPTERS)}; "
+                             "a further family needs an adapter in common.py")
+        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn)
+        return cls(model.to(device), ADAPTERS[family].processor_class.from_pretrained(name))
+
+    def train(self, mode: bool = True) -> "FrozenVLM":
+        """Does nothing: a frozen model has no training mode, whatever the selector around it is put into."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def width(self) -> int:
+        """C, width of a patch after the vision encoder."""
+        return self.adapter.width
+
+    @property
+    def dim(self) -> int:
+        """D, width of the language model."""
+        return self.model.config.text_config.hidden_size
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a selector's weights depend on: one that was trained for another backbone must be refused."""
+        config, vision = self.model.config, self.model.config.vision_config
+        return dict(model_type=config.model_type, vision_width=self.width, vision_patch=vision.patch_size,
+                    vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+                    feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
+                    layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
+
+    # --------------------------------------------------------------------------------------------------- text
+
+    @staticmethod
+    def _message(role: str, text: str, image: bool = False) -> dict:
+        return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
+
+    def _template(self, messages, generation: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, chat_template=self.processor.chat_template,
+                                                  tokenize=False, add_generation_prompt=generation)
+
+    def _dialogue(self, turns) -> tuple[str, list[tuple[int, int]]]:
+        """Text of a dialogue, and the [start, end) characters of its answers, end-of-turn marks included."""
+        messages, heads, spans, text = [], [], [], ""
+        for question, answer in turns:
+            messages.append(self._message("user", question, image=not messages))
+            heads.append(text := self._template(messages, generation=True))
+            if answer is not None:
+                messages.append(self._message("assistant", answer.strip() + self.end))
+                text = self._template(messages)
+                spans.append((len(heads[-1]), len(text.rstrip())))
+        if not all(text.startswith(head) for head in heads):
+            raise ValueError("this checkpoint's chat template rewrites earlier turns when one is added: the "
+                             "answers cannot be located, pass one turn per row")
+        return text, spans
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words, or pieces of words, that the tokenizer cannot spell; none if it falls back to bytes."""
+        unknown = self.tokenizer.unk_token_id
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(dict.fromkeys(text[start:end] for i, (start, end) in
+                                  zip(tokens["input_ids"], tokens["offset_mapping"]) if i == unknown))
+
+    def _check_turns(self, images, turns) -> None:
+        if not len(images) == len(turns) > 0:
+            raise ValueError(f"batch() got {len(images)} images and {len(turns)} dialogues: expected one of "
+                             "each per row, and at least one row")
+        for row, (image, dialogue) in enumerate(zip(images, turns)):
+            if not isinstance(image, Image.Image) or not dialogue:
+                raise ValueError(f"row {row} has a {type(image).__name__} and {len(dialogue)} turns: expected a "
+                                 "PIL image, see Image.open(), and at least one (question, answer)")
+            for k, (question, answer) in enumerate(dialogue):
+                where = f"turns[{row}][{k}]"
+                if not question.strip():
+                    raise ValueError(f"{where} has the empty question {question!r}: expected some text")
+                if k < len(dialogue) - 1 if answer is None else not answer.strip():
+                    raise ValueError(f"{where} has the answer {answer!r}: expected some text; only the last "
+                                     "answer of a row may be None, for the model to give")
+                if self.image_token in question + (answer or ""):
+                    raise ValueError(f"{where} contains {self.image_token!r}: leave it out, batch() places it")
+                if unknown := self.unknown_words(f"{question} {answer or ''}"):
+                    vocabulary = self.tokenizer.get_vocab()
+                    words = [word for word in sorted(vocabulary, key=vocabulary.get) if word.isalpha()][:80]
+                    raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
+                                     f"among the words it knows are: {' '.join(words)}")
+
+    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]]):
+        """The tensors, on the device, that the other methods take as `batch`: one image and dialogue per row.
+
+        turns[b] is [(question, answer), ...]; a last answer of None ends the prompt where the model is to
+        speak. Returns a dict with input_ids, attention_mask and labels (B, L), left padded, and the processor's
+        pixels. labels is -100 but for the tokens of the answers and of the end-of-turn mark after each.
+        Raises ValueError on rows that do not fit, empty texts, and words that the tokenizer does not know.
+        """
+        self._check_turns(images, turns)
+        texts, spans = zip(*(self._dialogue(dialogue) for dialogue in turns))
+        # a template may bring the BOS token along; a second one would shift every position
+        special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
+        batch = self.processor(images=[image.convert("RGB") for image in images], text=list(texts),
+                               padding=True, add_special_tokens=special, return_tensors="pt")
+        batch["labels"] = self._labels(batch, texts, spans, special)
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        return batch.to(self.device)
+
+    def _labels(self, batch, texts, spans, special: bool) -> Tensor:
+        """(B, L): token ids inside the answers' spans, else -100.
+
+        The text is tokenised once more, for the character offsets. There the image mark is one token, in
+        input_ids it is one per unit: but for these repeats the two agree, and that is checked.
+        """
+        ids = batch["input_ids"]
+        visual = ids == self.image_id
+        repeat = visual & F.pad(visual, (1, 0))[:, :-1]
+        labels = torch.full_like(ids, IGNORE)
+        tokens = self.tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True)
+        for row, (short, offsets) in enumerate(zip(tokens["input_ids"], tokens["offset_mapping"])):
+            column = (batch["attention_mask"][row].bool() & ~repeat[row]).nonzero().flatten()
+            if ids[row, column].tolist() != short:
+                raise RuntimeError(f"row {row}: but for the image, the processor's tokens are not the "
+                                   "tokenizer's: expected a stock processor, the answers cannot be located")
+            inside = torch.tensor([any(y > a and x < b for a, b in spans[row]) for x, y in offsets])
+            labels[row, column[inside]] = ids[row, column[inside]]
+        return labels
+
+    # ------------------------------------------------------------------------------------------------- vision
+
+    def num_units(self, batch) -> list[int]:
+        """Visual units of each row, read off the prompt: no encoder runs."""
+        return (batch["input_ids"] == self.image_id).sum(1).tolist()
+
+    @torch.no_grad()
+    def encode(self, batch) -> Units:
+        """Run the vision encoder once; the projector does not run."""
+        feats, grid, cls = self.adapter.encode(batch)
+        image_of = torch.arange(len(grid)).repeat_interleave(torch.tensor([r * c for r, c in grid]))
+        return Units(feats, image_of.to(feats.device), grid, cls)
+
+    def project(self, feats: Tensor) -> Tensor:
+        """(M, C) or (M, P, C) -> (M, D), the VLM's own projector. Differentiable."""
+        return self.adapter.project(feats.to(self.dtype))
+
+    # ------------------------------------------------------------------------------------------------- prompt
+
+    def embed(self, batch, units: Units, feats: Tensor | None = None) -> Prompt:
+        """The full prompt; feats, of the same shape, replace units.feats. Differentiable in feats."""
+        feats = units.feats if feats is None else feats
+        if feats.shape != units.feats.shape:
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of units.feats, "
+                             f"{tuple(units.feats.shape)}; Units.flat() undoes Units.pad()")
+        kept = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
+        return self._prompt(batch, feats, kept)
+
+    def prune(self, batch, units: Units, keep: Tensor | list[Tensor]) -> Prompt:
+        """The prompt with the kept units only. What stays keeps its original position; nothing is re-indexed.
+
+        keep[b] holds ascending int64 indices into the units of image b: a (B, K) tensor, or a list of (K_b,)
+        tensors; K = 0 leaves no visual token. Raises ValueError when keep does not fit the units.
+        """
+        kept = self._kept(units, keep)
+        return self._prompt(batch, units.feats[kept], kept)
+
+    @staticmethod
+    def _kept(units: Units, keep) -> Tensor:
+        """keep -> (M,) bool, after checking it."""
+        if len(keep) != len(units.grid):
+            raise ValueError(f"keep has {len(keep)} rows: expected one per image, that is {len(units.grid)}")
+        kept = []
+        for row, (index, n) in enumerate(zip(keep, units.counts)):
+            index = index.cpu()
+            if index.dtype != torch.int64 or index.ndim != 1:
+                raise ValueError(f"keep[{row}] is {index.dtype} {tuple(index.shape)}: expected int64 (K,)")
+            if len(index) and not 0 <= index.min() <= index.max() < n:
+                raise ValueError(f"keep[{row}] spans {index.min()} to {index.max()}: expected 0 to {n - 1}, the "
+                                 f"units of image {row}; indices start anew with every image")
+            if not (index[1:] > index[:-1]).all():
+                raise ValueError(f"keep[{row}] = {index.tolist()}: expected strictly ascending indices; sort "
+                                 "them and name each unit once")
+            kept.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
+        return torch.cat(kept).to(units.feats.device)
+
+    def _prompt(self, batch, feats: Tensor, kept: Tensor) -> Prompt:
+        """The prompt without the units that kept (M,) bool drops; feats has one row per kept unit."""
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        visual = ids == self.image_id
+        if int(visual.sum()) != len(kept):
+            raise ValueError(f"{len(kept)} units for a batch with {int(visual.sum())}: expected those that "
+                             "encode() gave for this very batch")
+        # unit i stands at the i-th image token, row by row: the one rule all families share
+        dropped = visual.masked_scatter(visual, ~kept)
+        visual, mask = visual & ~dropped, mask & ~dropped
+        # detach: with activation checkpointing the embedding layer marks its output as wanting gradients
+        embeds = self.lm.get_input_embeddings()(ids).detach()
+        embeds = embeds.masked_scatter(visual[..., None], self.project(feats))
+        # a stable sort by "stays" brings what stays to the right end in its old order, that is left padding
+        stays = mask.sum(1)
+        width = int(stays.max())
+        index = mask.int().argsort(dim=1, stable=True)[:, -width:]
+        mask = torch.arange(width, device=ids.device) >= width - stays[:, None]
+        pos = self.adapter.positions(batch)
+        pos = pos.gather(-1, index.expand(*pos.shape[:-1], -1)).masked_fill(~mask, 0)
+        labels = batch["labels"].gather(1, index).masked_fill(~mask, IGNORE) if "labels" in batch else None
+        embeds = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
+        return Prompt(embeds, mask.long(), pos, labels, visual.gather(1, index) & mask)
+
+    # ----------------------------------------------------------------------------------------- language model
+
+    def _hidden(self, prompt: Prompt) -> Tensor:
+        """(B, L, D), after the last layer and its norm."""
+        # always with a mask: without one, transformers takes each gap in the positions for the start of
+        # another packed text, and silently lets nothing attend across it
+        return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
+                       use_cache=False).last_hidden_state
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """(B, L, V); logits[:, i] predict token i + 1."""
+        return self.model.lm_head(self._hidden(prompt))
+
+    def loss(self, prompt: Prompt, reduction: str = "mean") -> Tensor:
+        """Negative log likelihood of the labels, in nats per token and at least float32.
+
+        "mean": over all answer tokens of the batch, a scalar. "row": over those of each row, (B,).
+        Raises ValueError when there is nothing to predict, or on another reduction.
+        """
+        if reduction not in ("mean", "row"):
+            raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'row'")
+        if prompt.labels is None:
+            raise ValueError("this prompt has no labels: build its batch with answers")
+        target = prompt.labels[:, 1:]
+        count = (target != IGNORE).sum(1)
+        if not (count.sum() if reduction == "mean" else count.min()):
+            raise ValueError(f"the rows have {count.tolist()} answer tokens: expected some in each")
+        # the output layer is run at the answers only: its logits are the largest tensor of a training step
+        row, column = (target != IGNORE).nonzero(as_tuple=True)
+        logits = self.model.lm_head(self._hidden(prompt)[row, column])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits, target[row, column], reduction="none")
+        return nll.mean() if reduction == "mean" else nll.new_zeros(len(count)).index_add(0, row, nll) / count
+
+    @torch.no_grad()
+    def generate(self, prompt: Prompt, max_new_tokens: int = 32) -> list[str]:
+        """Greedy continuation of every row, without special tokens and outer blanks.
+
+        The first new token stands one behind the last ORIGINAL position, whatever has been pruned. Sampling
+        and penalties that the checkpoint's generation config may ask for are off.
+        """
+        training = self.lm.training
+        self.lm.eval()                                # in training mode, checkpointing drops the cache
+        try:
+            tokens = self.model.generate(
+                inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
+                max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+                repetition_penalty=1.0, num_beams=1, use_cache=True, pad_token_id=self.tokenizer.pad_token_id)
+        finally:
+            self.lm.train(training)
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def checkpointing(self, on: bool) -> None:
+        """Recompute the language model's activations in the backward pass: less memory, the same gradients.
+
+        Raises ValueError if the language model has dropout, which its training mode would then switch on.
+        """
+        drops = [name for name, module in self.lm.named_modules()
+                 if getattr(module, "attention_dropout", 0) or isinstance(module, nn.Dropout) and module.p]
+        if on and drops:
+            raise ValueError(f"{drops[0]} has dropout, which checkpointing would switch on: expected none; set "
+                             "it to 0 in the config.json of the checkpoint")
+        switch = f"checkpointing_{'enable' if on else 'disable'}"          # renamed within transformers 5.x
+        new, old = f"activation_{switch}", f"gradient_{switch}"
+        getattr(self.lm, new if hasattr(self.lm, new) else old)()
+        self.lm.train(on)                             # it acts in training mode only

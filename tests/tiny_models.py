@@ -1,0 +1,93 @@
+"""Tiny random checkpoints of the real LLaVA and Qwen2.5-VL classes, on disk, for FrozenVLM.from_pretrained().
+
+The weights are scaled up on purpose: at the usual initialisation a random model says the same whatever it is
+given, so a wrong position or mask would hide below any tolerance. Here it moves a logit by about 1.
+"""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+)
+
+from common import ImageOnlyQwenProcessor
+
+WORDS = ("what colour is the shape how many are there red green blue one two three circle square left of ? yes no "
+         "user assistant :")
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
+TEXT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+# LLaVA-1.5's own template, but for case: it writes no end after an answer
+LLAVA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ' : ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n"
+    "{% endif %}{% endfor %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] + ' ' }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant :' }}{% endif %}")
+# Qwen's own template without its system prompt
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN_MARKS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_bos_token="<|vision_start|>",
+                  vision_eos_token="<|vision_end|>", turn_token="<|im_start|>", end_token="<|im_end|>")
+
+
+def _tokenizer(marks: dict[str, str], eos: str = "</s>") -> PreTrainedTokenizerFast:
+    words = SPECIAL + list(marks.values()) + WORDS.split()
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token=eos,
+                                   unk_token="<unk>", extra_special_tokens=marks)
+
+
+def _save(model, processor, folder, seed: int) -> str:
+    """Random weights of a size that makes every token matter, then a checkpoint like any other."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            fan = 1 if "embedding" in name or "embed_tokens" in name else weight[0].numel()
+            if weight.ndim > 1 or "class_embedding" in name:              # norms and biases stay as they are
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * fan ** -0.5)
+    model.double().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+def llava(folder, seed: int = 0, **config) -> str:
+    """24-pixel pictures, 4-pixel patches: 6x6 units of width 16. Keywords override the LlavaConfig."""
+    tokenizer = _tokenizer(dict(image_token="<image>"))
+    vision = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                  num_attention_heads=2, image_size=24, patch_size=4, projection_dim=16)
+    config = LlavaConfig(**{**dict(
+        vision_config=vision, text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.image_token_id, vision_feature_layer=-2), **config})
+    images = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    processor = LlavaProcessor(images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE)
+    return _save(LlavaForConditionalGeneration(config), processor, folder, seed)
+
+
+def qwen(folder, seed: int = 0) -> str:
+    """Native resolution, 4-pixel patches in 2x2 units of width (4, 16), windows of 2x2 units."""
+    tokenizer = _tokenizer(QWEN_MARKS, eos="<|im_end|>")
+    vision = dict(depth=3, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
+                  temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], out_hidden_size=32)
+    text = dict(TEXT, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,
+                rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1]))
+    config = Qwen2_5_VLConfig(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id, vision_start_token_id=tokenizer.vision_bos_token_id,
+        vision_end_token_id=tokenizer.vision_eos_token_id)
+    images = Qwen2VLImageProcessor(patch_size=4, merge_size=2, temporal_patch_size=2,
+                                   size={"shortest_edge": 8 * 8, "longest_edge": 80 * 80})
+    processor = ImageOnlyQwenProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    return _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder, seed)
+
+
+MODELS = {"llava": llava, "qwen": qwen}
