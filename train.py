@@ -1,0 +1,198 @@
+"""Teach a selector which visual tokens of a frozen VLM matter: `python train.py --method autoselect`.
+
+One plain loop. With no other flag it trains on the tiny LLaVA that ships with the project, a few minutes on a
+laptop, and ends with evaluate.py's table and pictures. Everything goes to runs/<method>; a killed run goes on
+where it stopped when the same command is given again, and ends as if it had never been stopped.
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+import autoselect
+from benchmarks.scenes import Dialogues
+from common import FrozenVLM
+
+METHODS = ("autoselect",)
+SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
+            "tau_start", "tau_end", "dtype", "turns")
+
+
+def option(default, text, **kwargs):
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class TrainConfig:
+    method: str = option("autoselect", "which paper to train", choices=list(METHODS))
+    model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
+    run: str | None = option(None, "run folder [runs/<method>]")
+    seed: int = option(0, "of weights, scenes and noise")
+    steps: int = option(800, "optimiser steps [ours]")
+    batch: int = option(32, "pictures a step [ours]")
+    turns: int = option(5, "questions a picture, after its caption [ours]")
+    keep: list[int] = field(default_factory=lambda: [16], metadata={
+        "help": "K in training; of several, each step draws one [ours: 16 of 144 is the paper's hardest, 11.1 %%]"})
+    lr: float = option(1e-3, "AdamW's learning rate after warm-up [ours, for the tiny width; 1e-4 for 7B hosts]")
+    layers: int = option(2, "scorer blocks [ours, tiny; 5 give the paper's size on CLIP-L]")
+    heads: int = option(4, "attention heads of the scorer [ours, tiny; 16 on CLIP-L]")
+    tau_start: float = option(1.0, "temperature of the soft top-K at the first step [ours]")
+    tau_end: float = option(0.05, "... and at the last [ours]")
+    gate: str = option("noise", "noise: Eq. 5 [paper]; scale: Table 5's ablation", choices=["noise", "scale"])
+    denoiser: str = option("diagonal", "diagonal [paper]; global: Table 5's ablation; none",
+                           choices=["diagonal", "global", "none"])
+    scorer: str = option("learned", "learned [paper]; random: Figure 5's ablation", choices=["learned", "random"])
+    dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
+    workers: int = option(1, "processes that draw scenes and build batches")
+    save_every: int = option(100, "steps between checkpoints")
+    evaluate: bool = option(True, "make the table and the pictures at the end")
+    overwrite: bool = option(False, "begin anew although the run folder holds a run")
+
+    def __post_init__(self):
+        self.run = self.run or f"runs/{self.method}"
+        if min(self.steps, self.batch, self.save_every, *self.keep) < 1:
+            raise ValueError(f"steps={self.steps}, batch={self.batch}, save_every={self.save_every}, "
+                             f"keep={self.keep}: all must be at least 1")
+
+
+def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
+    """The method's module, sized for the VLM. cfg: TrainConfig, or the same fields read from a run's config.json."""
+    if cfg.method == "autoselect":
+        return autoselect.AutoSelect(autoselect.Config(
+            width=vlm.width, keep=cfg.keep[0], layers=cfg.layers, heads=cfg.heads, tau_start=cfg.tau_start,
+            tau_end=cfg.tau_end, gate=cfg.gate, denoiser=cfg.denoiser, scorer=cfg.scorer))
+    raise ValueError(f"method={cfg.method!r} is none of {METHODS}")
+
+
+# ------------------------------------------------------------------------------------------------ run folder
+
+def write_whole(path: Path, write) -> None:
+    """Call write(temporary path), then rename: a kill leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def open_run(cfg: TrainConfig, vlm: FrozenVLM) -> Path:
+    """Make the run folder, or check that the one there is the same run. Raises ValueError naming what differs."""
+    run, mine = Path(cfg.run), {**{k: getattr(cfg, k) for k in SAME_RUN}, "fingerprint": vlm.fingerprint()}
+    path = run / "config.json"
+    if path.exists() and not cfg.overwrite:
+        theirs = json.loads(path.read_text())
+        differ = [f"{k}: {theirs.get(k)!r} there, {v!r} here" for k, v in mine.items() if theirs.get(k) != v]
+        if differ:
+            raise ValueError(f"{run} holds another run ({'; '.join(differ)}). Choose another folder with --run, "
+                             "or begin anew there with --overwrite")
+    else:
+        for old in ("checkpoint.pt", "log.jsonl", "selector.safetensors"):
+            (run / old).unlink(missing_ok=True)
+        write_whole(path, lambda p: p.write_text(json.dumps(mine, indent=1)))
+    return run
+
+
+def load_run(run: str | Path, vlm: FrozenVLM):
+    """(selector, config) of a finished run. Raises ValueError if it was trained for another backbone."""
+    run = Path(run)
+    if not (run / "selector.safetensors").exists():
+        raise FileNotFoundError(f"{run} holds no finished run (selector.safetensors is missing): train it first, "
+                                f"python train.py --method autoselect --run {run}")
+    saved = json.loads((run / "config.json").read_text())
+    ours, theirs = vlm.fingerprint(), saved.pop("fingerprint")
+    differ = [f"{k}: {theirs.get(k)!r} trained, {ours.get(k)!r} here" for k in ours if theirs.get(k) != ours[k]]
+    if differ:
+        raise ValueError(f"{run} was trained for another backbone ({'; '.join(differ)}): pass --model {saved['model']}")
+    cfg = TrainConfig(**saved, run=str(run))
+    selector = build_selector(cfg, vlm).to(vlm.device)
+    selector.load_state_dict(load_file(run / "selector.safetensors"))
+    return selector.eval(), cfg
+
+
+def save_checkpoint(run: Path, step: int, selector, optim) -> None:
+    """All that a resumed run needs: scenes, noise and learning rate follow from (seed, step)."""
+    state = {"step": step, "selector": selector.state_dict(), "optim": optim.state_dict()}
+    write_whole(run / "checkpoint.pt", lambda path: torch.save(state, path))
+
+
+# -------------------------------------------------------------------------------------------------- the loop
+
+def train_step(selector, vlm, batch, cfg, step) -> tuple[torch.Tensor, dict]:
+    """Eq. (1) on one batch: the frozen VLM's own loss on gated tokens. Noise and K depend on (seed, step) alone."""
+    generator = torch.Generator(vlm.device).manual_seed(cfg.seed * 1_000_003 + step)
+    units = vlm.encode(batch)
+    v, valid = units.pad()
+    keep = cfg.keep[step % len(cfg.keep)]
+    tau = autoselect.temperature(step, cfg.steps, selector.cfg)
+    gated, a = selector(v, valid, keep, tau, generator)
+    loss = vlm.loss(vlm.embed(batch, units, units.flat(gated)))
+    return loss, {"tau": round(tau, 4), "keep": keep, "sharp": round((2 * a - 1).abs()[valid].mean().item(), 4)}
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Train to the end, or on from the last checkpoint. Returns the run folder."""
+    vlm = FrozenVLM.from_pretrained(cfg.model, getattr(torch, cfg.dtype), cfg.device)
+    run = open_run(cfg, vlm)
+    torch.manual_seed(cfg.seed)
+    selector = build_selector(cfg, vlm).to(cfg.device).train()
+    optim = torch.optim.AdamW(selector.parameters(), lr=cfg.lr, weight_decay=0.01)
+    count = sum(p.numel() for p in selector.parameters())
+    frozen = sum(p.numel() for p in vlm.parameters())
+    print(f"{cfg.method} on {cfg.model}: {count / 1e6:.2f} M trainable beside {frozen / 1e6:.2f} M frozen, {cfg.steps} steps "
+          f"of {cfg.batch} pictures, K {cfg.keep}, into {run}")
+    first = 0
+    if (run / "checkpoint.pt").exists():
+        state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=cfg.device)
+        first = state["step"]
+        selector.load_state_dict(state["selector"])
+        optim.load_state_dict(state["optim"])
+        print(f"resumed at step {first}")
+    log = run / "log.jsonl"                            # lines after the checkpoint will be made again
+    lines = log.read_text().splitlines()[:first] if log.exists() else []
+    write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
+    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns)
+    loader = DataLoader(data, cfg.batch, num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
+                        collate_fn=lambda items: vlm.batch(*map(list, zip(*items)), device="cpu"))
+    start = time.perf_counter()
+    with open(log, "a", buffering=1) as out:
+        for step, batch in enumerate(bar := tqdm(loader, "train", initial=first, total=cfg.steps), first):
+            rate = min(1., (step + 1) / 50) * (.5 + .5 * math.cos(math.pi * step / cfg.steps))
+            optim.param_groups[0]["lr"] = cfg.lr * rate
+            loss, shown = train_step(selector, vlm, batch.to(vlm.device), cfg, step)
+            if not torch.isfinite(loss):
+                raise RuntimeError(f"loss is {loss.item()} at step {step} (scenes {step * cfg.batch} and on): "
+                                   f"try a smaller --lr than {cfg.lr}; the last checkpoint is in {run}")
+            optim.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(selector.parameters(), 1.0).item()
+            optim.step()
+            out.write(json.dumps({"step": step, "loss": round(loss.item(), 5), "grad_norm": round(norm, 5),
+                                  "seconds": round(time.perf_counter() - start, 2), **shown}) + "\n")
+            bar.set_postfix(loss=f"{loss.item():.3f}", tau=shown["tau"], grad=f"{norm:.2f}")
+            if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+                save_checkpoint(run, step + 1, selector, optim)
+    write_whole(run / "selector.safetensors", lambda p: save_file(selector.state_dict(), p))
+    print(f"trained in {time.perf_counter() - start:.0f} s")
+    return run
+
+
+def main(args=None) -> None:
+    (cfg,) = HfArgumentParser(TrainConfig, description=__doc__).parse_args_into_dataclasses(args)
+    run = train(cfg)
+    if cfg.evaluate:
+        import evaluate  # here, for it imports this file
+
+        evaluate.main(["--run", str(run), "--model", cfg.model, "--device", cfg.device])
+
+
+if __name__ == "__main__":
+    main()
