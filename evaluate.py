@@ -248,7 +248,7 @@ def answer_one(cfg: EvalConfig, vlm, selector, out: Path) -> None:
     try:
         image = Image.open(cfg.image).convert("RGB")
     except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise SystemExit(f"cannot read --image {cfg.image}: {error}. Expected a picture file such as PNG or JPEG") from error
+        raise ValueError(f"cannot read --image {cfg.image}: {error}. Expected a picture, PNG or JPEG") from error
     batch = vlm.batch([image], [[(cfg.question or "", None)]])
     units = vlm.encode(batch)
     v, valid = units.pad()

@@ -147,8 +147,8 @@ def train(cfg: TrainConfig) -> Path:
     optim = torch.optim.AdamW(selector.parameters(), lr=cfg.lr, weight_decay=0.01)
     count = sum(p.numel() for p in selector.parameters())
     frozen = sum(p.numel() for p in vlm.parameters())
-    print(f"{cfg.method} on {cfg.model}: {count / 1e6:.2f} M trainable beside {frozen / 1e6:.2f} M frozen, {cfg.steps} steps "
-          f"of {cfg.batch} pictures, K {cfg.keep}, into {run}")
+    print(f"{cfg.method} on {cfg.model}: {count / 1e6:.2f} M trainable beside {frozen / 1e6:.2f} M frozen, "
+          f"{cfg.steps} steps of {cfg.batch} pictures, K {cfg.keep}, into {run}")
     first = 0
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=cfg.device)

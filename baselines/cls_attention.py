@@ -17,5 +17,5 @@ def select(units, keep: int, seed: int = 0) -> list[torch.Tensor]:
     scores, valid = units.pad(units.cls.float())
     if not 0 < keep <= int(valid.sum(1).min()):
         raise ValueError(f"keep={keep} does not fit {int(valid.sum(1).min())} visual tokens")
-    order = scores.masked_fill(~valid, -1.).argsort(1, descending=True, stable=True)
-    return list(order[:, :keep].sort(1).values)
+    order = scores.masked_fill(~valid, -1.).argsort(dim=1, descending=True, stable=True)
+    return list(order[:, :keep].sort(dim=1).values)

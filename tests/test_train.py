@@ -1,0 +1,203 @@
+"""The loop and the evaluator on the shipped tiny LLaVA: the same run after a kill, nothing lost, nothing mixed up."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import evaluate
+import train
+from baselines import cls_attention, random
+from benchmarks import scenes
+from common import FrozenVLM
+
+MODEL = "tiny/llava"
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return FrozenVLM.from_pretrained(MODEL, torch.float32)
+
+
+def config(folder, **changes):
+    return train.TrainConfig(**{**dict(model=MODEL, run=str(folder), steps=4, batch=2, turns=2, layers=1, heads=2,
+                                       keep=[16], workers=0, save_every=2, evaluate=False, device="cpu"), **changes})
+
+
+def weights(run):
+    return load_file(Path(run) / "selector.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def without_time(run):
+    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def kill_at(monkeypatch, step):
+    """The next run raises in the middle of `step`, as a kill would end it."""
+    real = train.train_step
+
+    def dying(selector, vlm, batch, cfg, now):
+        if now == step:
+            raise KeyboardInterrupt
+        return real(selector, vlm, batch, cfg, now)
+    monkeypatch.setattr(train, "train_step", dying)
+    return lambda: monkeypatch.setattr(train, "train_step", real)
+
+
+def test_a_killed_run_ends_as_the_unbroken_one_and_a_seed_is_a_run(tmp_path, monkeypatch):
+    whole = train.train(config(tmp_path / "whole", workers=1))
+    again = train.train(config(tmp_path / "again"))
+    other = train.train(config(tmp_path / "other", seed=1))
+    assert same(weights(whole), weights(again)) and not same(weights(whole), weights(other))
+    revive = kill_at(monkeypatch, 3)                   # step 2 is done and logged, but not in a checkpoint
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(tmp_path / "killed"))
+    assert not (tmp_path / "killed/selector.safetensors").exists()
+    revive()
+    killed = train.train(config(tmp_path / "killed"))
+    assert same(weights(whole), weights(killed))
+    assert without_time(whole) == without_time(killed) and len(without_time(whole)) == 4
+
+
+def test_the_loss_goes_down_and_the_vlm_stays_as_it_was(tmp_path):
+    before = {k: v.clone() for k, v in load_file(f"{MODEL}/model.safetensors").items()}
+    run = train.train(config(tmp_path, steps=40, batch=8, lr=3e-3, save_every=40))
+    losses = [line["loss"] for line in without_time(run)]
+    assert sum(losses[-8:]) < .85 * sum(losses[:8])
+    assert same(before, load_file(f"{MODEL}/model.safetensors"))
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    path.write_text("old")
+
+    def die(temporary):
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        train.write_whole(path, die)
+    assert path.read_text() == "old"
+
+
+def test_another_run_in_the_folder_is_named_not_overwritten(tmp_path, vlm):
+    train.open_run(config(tmp_path), vlm)
+    with pytest.raises(ValueError, match="lr: 0.001 there, 0.5 here.*--overwrite"):
+        train.open_run(config(tmp_path, lr=.5), vlm)
+    train.open_run(config(tmp_path, lr=.5, overwrite=True), vlm)
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == .5
+
+
+def test_a_run_of_another_backbone_or_a_half_finished_one_is_refused(tmp_path, vlm):
+    run = train.train(config(tmp_path / "run", steps=1))
+    saved = json.loads((run / "config.json").read_text())
+    saved["fingerprint"]["vision_width"] = 1024
+    (run / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="another backbone.*vision_width: 1024 trained, 128 here"):
+        train.load_run(run, vlm)
+    (run / "selector.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        train.load_run(run, vlm)
+
+
+@pytest.mark.parametrize("bad", [dict(steps=0), dict(batch=0), dict(keep=[0]), dict(save_every=-1)])
+def test_settings_that_cannot_work_are_refused_at_once(bad):
+    with pytest.raises(ValueError, match="at least 1"):
+        train.TrainConfig(**bad)
+
+
+def test_unknown_method_and_too_large_a_budget_stop_before_training(tmp_path, vlm):
+    with pytest.raises(ValueError, match="method='best' is none of"):
+        train.build_selector(config(tmp_path, method="best"), vlm)
+    with pytest.raises(ValueError, match="keep=145 does not fit 144"):
+        train.train(config(tmp_path, keep=[145]))
+
+
+# ------------------------------------------------------------------------------------------------- evaluate.py
+
+@pytest.mark.parametrize("select", [random.select, cls_attention.select])
+def test_baselines_keep_the_contract(vlm, select):
+    rows = scenes.load(8)
+    units = vlm.encode(vlm.batch([r.image for r in rows], [[("describe the scene .", None)] for r in rows]))
+    for k in (1, 16, 144):
+        keep = select(units, k)
+        assert all(len(i) == k and i.dtype == torch.int64 and (i[1:] > i[:-1]).all() for i in keep)
+        assert all(torch.equal(a, b) for a, b in zip(keep, select(units, k)))
+    for k in (0, 145):
+        with pytest.raises(ValueError, match=f"keep={k} does not fit 144"):
+            select(units, k)
+
+
+def test_cls_attention_takes_the_largest_and_names_the_encoder_without_one(vlm):
+    rows = scenes.load(1)
+    units = vlm.encode(vlm.batch([r.image for r in rows], [[("describe the scene .", None)] for r in rows]))
+    keep = cls_attention.select(units, 5)[0]
+    assert set(keep.tolist()) == set(units.cls[:144].topk(5).indices.tolist())
+    units.cls = None
+    with pytest.raises(ValueError, match="no \\[CLS\\]"):
+        cls_attention.select(units, 5)
+
+
+def test_keeping_every_token_answers_as_the_unpruned_model_and_the_oracle_beats_random(vlm):
+    rows = scenes.load(60)
+    everything = {"all of them": lambda units, k: [torch.arange(n) for n in units.counts],
+                  "random": random.select, "evidence": "oracle"}
+    results, clock = evaluate.measure(vlm, everything, rows, [16], 8)
+    assert [r[:2] for r in results["all of them", 16]] == [r[:2] for r in results["vanilla", 0]]
+    lines = {x["method"]: x for x in evaluate.summarise(results, clock, {"pictures": len(rows), "timed": 30})}
+    assert lines["all of them"]["retention"] == 1 and lines["all of them"]["recall"] == pytest.approx(1, abs=1e-5)
+    assert lines["evidence"]["average"] > lines["random"]["average"] + .1
+    assert lines["evidence"]["recall"] > lines["random"]["recall"] + .3
+    assert lines["vanilla"]["n"] == sum(len(r.questions) for r in rows)
+
+
+def test_summary_by_hand():
+    hits = {("vanilla", 0): [("exist", 1, 1.), ("exist", 1, 1.), ("text", 1, 1.), ("text", 0, 1.)],
+            ("mine", 4): [("exist", 1, .5), ("exist", 0, .5), ("text", 0, 0.), ("text", 0, 0.)]}
+    clock = evaluate.Clock("cpu")
+    clock.seconds = {"vision": [.2], "prefill vanilla 0": [.4], "prefill mine 4": [.1], "select mine 4": [.02]}
+    full, mine = evaluate.summarise(hits, clock, {"pictures": 2, "timed": 4})
+    assert full["average"] == .75 and full["retention"] == 1
+    assert mine["average"] == .25 and mine["retention"] == .25 and mine["recall"] == .25       # (.5/1 + 0/.5) / 2
+    assert mine["prefill_ms"] == pytest.approx(25) and mine["select_ms"] == pytest.approx(10)
+    two = evaluate.spread([mine, {**mine, "average": .35, "method": "b"}], ["mine", "b"], "mean")[0]
+    assert two["average"] == pytest.approx(.3) and two["average_sd"] == pytest.approx(.0707, abs=1e-4)
+    assert "30.0 ±7.1" in evaluate.table([two])
+
+
+def test_evaluate_writes_table_and_pictures_and_answers_about_a_photo(tmp_path, capsys):
+    run = train.train(config(tmp_path / "run", steps=1))
+    evaluate.main(["--run", str(run), "--n", "40", "--budgets", "16", "--device", "cpu"])
+    assert len(json.loads((run / "evaluation.json").read_text())) == 4
+    for name in ("curve.png", "kept.png", "cosines.png"):
+        assert Image.open(run / name).size[0] > 300
+    scenes.load(1)[0].image.resize((300, 200)).save(tmp_path / "photo.png")
+    asked = ["--run", str(run), "--image", str(tmp_path / "photo.png"), "--device", "cpu"]
+    evaluate.main([*asked, "--question", "how many shapes are there ?"])
+    assert "16 tokens:" in capsys.readouterr().out and (run / "answer.png").exists()
+    with pytest.raises(ValueError, match="cannot read 'elephant'"):
+        evaluate.main([*asked, "--question", "is there an elephant ?"])
+    with pytest.raises(ValueError, match="empty question"):
+        evaluate.main([*asked, "--question", " "])
+    (tmp_path / "photo.png").write_text("no picture")
+    with pytest.raises(ValueError, match="cannot read --image"):
+        evaluate.main([*asked, "--question", "how many shapes are there ?"])
+
+
+# --------------------------------------------------------------------------------- the shipped checkpoint
+
+def test_the_shipped_checkpoint_knows_its_world_and_pruning_hurts(vlm):
+    rows = scenes.load(420)
+    results, clock = evaluate.measure(vlm, {"random": random.select, "evidence": "oracle"}, rows, [16])
+    full, floor, best = evaluate.summarise(results, clock, {"pictures": len(rows), "timed": 400})
+    for family, bar in dict(exist=.9, colour=.9, shape=.9, where=.88, relation=.8, count=.8, text=.7).items():
+        assert full["families"][family] >= bar, family             # a sample: the model card has 2,000 questions
+    loss = full["average"] - floor["average"]
+    assert loss >= .22 and full["average"] - best["average"] < loss / 3
