@@ -24,7 +24,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, Qwen2_5_VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedConfig,
+    Qwen2_5_VLProcessor,
+)
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
@@ -73,6 +80,14 @@ class Units:
             raise ValueError(f"flat() got shape {tuple(padded.shape)}: expected ({len(self.grid)}, "
                              f"{max(self.counts)}, ...), as pad() gives it")
         return padded[self.image_of, self._column()]
+
+    def rows(self, owner: list[int]) -> "Units":
+        """Units for a batch whose row b shows image owner[b]: several questions about one encoded image."""
+        parts = [(self.image_of == b).nonzero().flatten() for b in owner]
+        index, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
+        image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
+        return Units(self.feats[index], image_of, [self.grid[b] for b in owner],
+                     None if self.cls is None else self.cls[index])
 
 
 @dataclass
@@ -299,8 +314,10 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
-    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]]):
-        """The tensors, on the device, that the other methods take as `batch`: one image and dialogue per row.
+    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]], device=None):
+        """The tensors that the other methods take as `batch`: one image and dialogue per row.
+
+        device: the model's if None; a loader's worker process passes "cpu", for it must not touch the GPU.
 
         turns[b] is [(question, answer), ...]; a last answer of None ends the prompt where the model is to
         speak. Returns a dict with input_ids, attention_mask and labels (B, L), left padded, and the processor's
@@ -315,7 +332,7 @@ class FrozenVLM(nn.Module):
                                padding=True, add_special_tokens=special, return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        return batch.to(self.device)
+        return batch.to(self.device if device is None else device)
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
@@ -483,3 +500,10 @@ class FrozenVLM(nn.Module):
         new, old = f"activation_{switch}", f"gradient_{switch}"
         getattr(self.lm, new if hasattr(self.lm, new) else old)()
         self.lm.train(on)                             # it acts in training mode only
+
+
+def random_language_model(layers: int, width: int = 4096, dtype=torch.bfloat16) -> nn.Module:
+    """A decoder of LLaVA-1.5-7B's shape but `layers` deep, with random weights: for timing, it answers nothing."""
+    config = LlamaConfig(hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+                         num_attention_heads=width // 128, vocab_size=32064)
+    return LlamaModel._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()

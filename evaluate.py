@@ -7,6 +7,7 @@ as JSON and Markdown beside three pictures. `--image photo.png --question "..."`
 """
 
 import json
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+import autoselect
 from baselines import cls_attention, random
 from benchmarks import scenes
-from common import FrozenVLM
+from common import FrozenVLM, random_language_model
 from train import load_run, option, write_whole
 
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
@@ -45,6 +48,7 @@ class EvalConfig:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     image: str | None = option(None, "answer about this picture instead")
     question: str | None = option(None, "... this question")
+    speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
 
 
 class Clock:
@@ -173,6 +177,49 @@ def table(lines: list[dict]) -> str:
     return "\n".join(out)
 
 
+@torch.no_grad()
+def measure_speed(device: str, layers: int = 4, text: int = 60, repeats: int = 5) -> list[dict]:
+    """Prefill at 576, 192, 128 and 64 visual tokens and `text` text tokens, and AutoSelect's selection of them, on a
+    language model of LLaVA-1.5-7B's width but `layers` layers, with random weights: only the ratios mean something.
+
+    Times are medians of `repeats`; FLOPs are counted (2 per multiply-add, attention in full).
+    """
+    clock, lm = Clock(device), random_language_model(layers).to(device)
+    scorer = autoselect.AutoSelect(autoselect.Config()).to(device, torch.bfloat16).eval()
+    v, lines = torch.randn(1, 576, 1024, device=device, dtype=torch.bfloat16), []
+    for k in tqdm([576, 192, 128, 64], "speed"):
+        x = torch.randn(1, k + text, 4096, device=device, dtype=torch.bfloat16)
+        with FlopCounterMode(display=False) as flops:
+            lm(inputs_embeds=x)
+        for _ in range(repeats):
+            with clock(f"prefill {k}"):
+                lm(inputs_embeds=x)
+            with clock(f"select {k}"):
+                scorer.select(v, keep=k)
+        prefill, select = (float(np.median(clock.seconds[f"{stage} {k}"])) for stage in ("prefill", "select"))
+        lines.append({"K": k, "prefill_ms": 1e3 * prefill, "select_ms": 1e3 * select, "flops": flops.get_total_flops()})
+    return lines
+
+
+def speed_table(lines: list[dict], layers: int) -> str:
+    """Ratios to the unpruned prompt of the same run; selection's share is scaled to the real model's 32 layers."""
+    out = ["| K | prefill ms | speed-up | FLOPs ratio | selection ms | selection / unpruned prefill of 32 layers |",
+           "|" + "---|" * 6]
+    for line in lines:
+        full = lines[0]
+        out.append(f"| {line['K']} | {line['prefill_ms']:.0f} | {full['prefill_ms'] / line['prefill_ms']:.2f}x | "
+                   f"{full['flops'] / line['flops']:.2f}x | {line['select_ms']:.1f} | "
+                   f"{100 * line['select_ms'] / (full['prefill_ms'] * 32 / layers):.1f} % |")
+    return "\n".join(out)
+
+
+def refresh(page: Path) -> None:
+    """Put the tables that a page quotes between <!-- table: FILE --> and <!-- end --> in again from their files."""
+    def quote(found):
+        return f"{found[1]}\n{(page.parent / found[2]).read_text().strip()}\n<!-- end -->"
+    page.write_text(re.sub(r"(<!-- table: (\S+) -->)\n.*?<!-- end -->", quote, page.read_text(), flags=re.S))
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 def draw_curve(lines: list[dict], tokens: int, path: Path) -> None:
@@ -268,16 +315,24 @@ def main(args=None) -> list[dict]:
     unknown = set(cfg.methods) - {*BASELINES, "evidence"}
     if unknown:
         raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
-    runs = cfg.run if cfg.run or cfg.model else [latest_run()]
-    model = cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"] \
-        if not runs or (Path(runs[0]) / "config.json").exists() else cfg.model
-    if model is None:
-        raise FileNotFoundError(f"{runs[0]} holds no run (config.json is missing)")
+    if cfg.speed:
+        lines = measure_speed(cfg.device)
+        text = speed_table(lines, 4)
+        print(f"\n{text}\n\nrandom weights, 4 layers, {cfg.device}, {torch.get_num_threads()} threads")
+        write_whole(Path(cfg.out or "runs") / "speed.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
+        write_whole(Path(cfg.out or "runs") / "speed.md", lambda p: p.write_text(text + "\n"))
+        return lines
+    runs = cfg.run or ([] if cfg.model else [latest_run()])
+    if not all((Path(run) / "config.json").exists() for run in runs):
+        raise FileNotFoundError(f"{runs}: not all of these hold a run (config.json is missing)")
+    model = cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"]
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
     trained = {str(run): load_run(run, vlm)[0] for run in runs}
     if cfg.image or cfg.question:
+        if not (cfg.image and trained):
+            raise ValueError("--question needs --image, a picture file, and a trained run")
         return answer_one(cfg, vlm, next(iter(trained.values())), out)
 
     def learned(selector):
@@ -300,8 +355,7 @@ def main(args=None) -> list[dict]:
     write_whole(out / "evaluation.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
         draw_curve(lines if len(trained) < 2 else [x for x in lines if x["method"] not in trained],
-                   max(sum(1 for _ in e) for e in [rows[0].evidence(rows[0].questions[0], (12, 12))]),
-                   out / "curve.png")
+                   rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
         if trained:
             draw_run(vlm, next(iter(trained.values())), rows[:64], cfg.budgets, out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")

@@ -4,8 +4,10 @@ The weights are scaled up on purpose: at the usual initialisation a random model
 given, so a wrong position or mask would hide below any tolerance. Here it moves a logit by about 1.
 """
 
+import string
+
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
     LlavaConfig,
@@ -38,10 +40,23 @@ QWEN_MARKS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", visi
                   vision_eos_token="<|vision_end|>", turn_token="<|im_start|>", end_token="<|im_end|>")
 
 
-def _tokenizer(marks: dict[str, str], eos: str = "</s>") -> PreTrainedTokenizerFast:
-    words = SPECIAL + list(marks.values()) + WORDS.split()
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+def _tokenizer(marks: dict[str, str], eos: str, kind: str) -> PreTrainedTokenizerFast:
+    """kind: one token per word, or the subword scheme of Llama ("metaspace") or of Qwen ("bytes")."""
+    special = SPECIAL + list(marks.values())
+    if kind == "words":
+        words = special + WORDS.split()
+        core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        core = Tokenizer(models.BPE(unk_token="<unk>" if kind == "metaspace" else None))
+        if kind == "metaspace":
+            core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+            letters = list(string.printable.strip())
+        else:
+            core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+            letters = pre_tokenizers.ByteLevel.alphabet()
+        core.train_from_iterator([WORDS], trainers.BpeTrainer(
+            vocab_size=400, special_tokens=special, initial_alphabet=letters, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token=eos,
                                    unk_token="<unk>", extra_special_tokens=marks)
 
@@ -59,9 +74,9 @@ def _save(model, processor, folder, seed: int) -> str:
     return str(folder)
 
 
-def llava(folder, seed: int = 0, **config) -> str:
+def llava(folder, seed: int = 0, tokens: str = "words", **config) -> str:
     """24-pixel pictures, 4-pixel patches: 6x6 units of width 16. Keywords override the LlavaConfig."""
-    tokenizer = _tokenizer(dict(image_token="<image>"))
+    tokenizer = _tokenizer(dict(image_token="<image>"), "</s>", tokens)
     vision = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
                   num_attention_heads=2, image_size=24, patch_size=4, projection_dim=16)
     config = LlavaConfig(**{**dict(
@@ -73,9 +88,9 @@ def llava(folder, seed: int = 0, **config) -> str:
     return _save(LlavaForConditionalGeneration(config), processor, folder, seed)
 
 
-def qwen(folder, seed: int = 0) -> str:
+def qwen(folder, seed: int = 0, tokens: str = "words") -> str:
     """Native resolution, 4-pixel patches in 2x2 units of width (4, 16), windows of 2x2 units."""
-    tokenizer = _tokenizer(QWEN_MARKS, eos="<|im_end|>")
+    tokenizer = _tokenizer(QWEN_MARKS, "<|im_end|>", tokens)
     vision = dict(depth=3, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
                   temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], out_hidden_size=32)
     text = dict(TEXT, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id,

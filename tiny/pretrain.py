@@ -261,13 +261,17 @@ def dialogue(name, vocab, turns):
 
 
 def language_batch(name, vocab, index, rng, hide=True):
-    """ids, labels, mask (B, L), right-padded; half of the rows hide a random share of the background tokens."""
-    rows, hidden = [], []
+    """ids, labels, mask (B, L), right-padded, and the family of every turn; half of the rows hide a random share of
+    the background tokens (0 in mask)."""
+    rows, hidden, families = [], [], []
     for i in index:
         scene = scene_of(name, int(i))
-        turns = [(q.question, q.answer) for q in scenes.questions(scene, rng, each=2)][:12]
+        asked = scenes.questions(scene, rng, each=2)[:12]
+        turns, family = [(q.question, q.answer) for q in asked], [q.family for q in asked]
         if rng.random() < .5:
             turns.insert(0, (scenes.CAPTION, scenes.caption(scene)))
+            family.insert(0, "caption")
+        families.append(family)
         rows.append(dialogue(name, vocab, turns))
         ground = scenes.coverage(scene, scene.size[1] // CELL, scene.size[0] // CELL).max(0) < .05
         hidden.append(ground & (rng.random(N) < rng.random() ** .5) & (hide and rng.random() < .5))
@@ -277,7 +281,7 @@ def language_batch(name, vocab, index, rng, hide=True):
     for b, (row, label) in enumerate(rows):
         ids[b, :len(row)], labels[b, :len(row)], mask[b, :len(row)] = row, label, 1
         mask[b, ids[b] == image] = ~hidden[b]
-    return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask)
+    return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask), families
 
 
 def language_logits(name, model, ids, mask, visual, size):
@@ -393,32 +397,29 @@ def train_language(name, model, tok, store, args, work, device):
     modules.to(device)
 
     def forward(index, rng, hide):
-        ids, labels, mask = (x.to(device) for x in language_batch(name, vocab, index, rng, hide))
+        *tensors, families = language_batch(name, vocab, index, rng, hide)
+        ids, labels, mask = (x.to(device) for x in tensors)
         with torch.autocast(device.type, torch.bfloat16):
             visual = project(name, model, store[index].to(device))
-            return language_logits(name, model, ids, mask, visual, scene_of(name, int(index[0])).size), ids, labels
+            logits = language_logits(name, model, ids, mask, visual, scene_of(name, int(index[0])).size)
+        return logits, labels, families
 
     def batch_loss(step):
-        logits, _, labels = forward(pick(step, args.pool, args.language_batch, 2), np.random.default_rng([step, 7]), True)
+        index = pick(step, args.pool, args.language_batch, 2)
+        logits, labels, _ = forward(index, np.random.default_rng([step, 7]), True)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()), ""
 
     def report():
-        """Exact match of the last pictures' answers, by first word of the question: a look, not the model card."""
-        hits = {}
+        """Exact match of the answers about the pool's last pictures, by family: a look, not the model card."""
         with torch.no_grad():
-            logits, ids, labels = forward(np.arange(args.pool - 64, args.pool), np.random.default_rng(3), False)
-        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | (labels[:, 1:] < 0)
-        for b in range(len(ids)):
-            spans = (labels[b, 1:] >= 0).int().diff(prepend=torch.zeros(1, device=device, dtype=torch.int))
-            for start in (spans == 1).nonzero().flatten().tolist():
-                stop = start + int((labels[b, 1 + start:] < 0).int().argmax())
-                stop = stop if stop > start else labels.shape[1] - 1
-                words = tok.convert_ids_to_tokens(ids[b, max(0, start - 16):start + 1])
-                words = words[max(i for i, w in enumerate(words) if w in ("USER:", "user", "<image>", "<pad>")) + 1:] \
-                    if any(w in ("USER:", "user") for w in words) else words
-                key = " ".join(w for w in words[:2] if not w.startswith("<"))
-                hits.setdefault(key, []).append(right[b, start:stop].all().item())
-        return " | ".join(f"{k} {100 * np.mean(v):.0f}" for k, v in sorted(hits.items()) if len(v) > 5)
+            logits, labels, families = forward(np.arange(args.pool - 64, args.pool), np.random.default_rng(3), False)
+        answer, hits = labels[:, 1:] >= 0, {}
+        right = (logits[:, :-1].argmax(-1) == labels[:, 1:]) | ~answer
+        turn = (answer & (labels[:, :-1] < 0)).cumsum(1)              # 1 for the tokens of the first answer, ...
+        for b, row in enumerate(families):
+            for i, family in enumerate(row, 1):
+                hits.setdefault(family, []).append(right[b, answer[b] & (turn[b] == i)].all().item())
+        return " ".join(f"{family} {100 * np.mean(hit):.0f}" for family, hit in sorted(hits.items()))
 
     Trainer(modules, args.language_steps, args.lr, work / "language.pt").run(batch_loss, report)
 

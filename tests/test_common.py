@@ -1,0 +1,449 @@
+"""The pruned model is the full model with tokens hidden: checked in float64 on the real classes, tiny and random."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import MODELS, llava
+from transformers import AutoModelForImageTextToText
+
+from common import IGNORE, FrozenVLM, Units
+
+TOLERANCE = dict(rtol=0, atol=1e-10)
+SIZES = [(24, 40), (32, 24), (24, 24)]                 # height, width; three different grids for Qwen
+QUESTIONS = ["what colour is the circle ?", "how many ?", "is the shape left of the red square ?"]
+ANSWERED = [[("what colour is the circle ?", "red"), ("how many ?", "two circle")], [("is the square blue ?", "yes")],
+            [("how many are there ?", "three"), ("what shape ?", "square"), ("yes ?", "no")]]
+KEEP = [torch.tensor([0, 3, 7, 8]), torch.tensor([], dtype=torch.int64), torch.tensor([2])]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                           # the models are too small to gain from more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(family, tmp_path_factory):
+    return MODELS[family](tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def vlm(path):
+    return FrozenVLM.from_pretrained(path, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def stock(path):
+    """The same checkpoint, untouched by common.py."""
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+
+
+@pytest.fixture(scope="module")
+def images():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
+
+
+@pytest.fixture(scope="module")
+def asked(vlm, images):
+    return vlm.batch(images, [[(question, None)] for question in QUESTIONS])
+
+
+@pytest.fixture(scope="module")
+def answered(vlm, images):
+    return vlm.batch(images, ANSWERED)
+
+
+def stock_inputs(batch):
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def stock_positions(stock, batch):
+    if stock.config.model_type == "llava":
+        return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    ids = batch["input_ids"]
+    return stock.model.get_rope_index(ids, (ids == stock.config.image_token_id).int(),
+                                      image_grid_thw=batch["image_grid_thw"],
+                                      attention_mask=batch["attention_mask"])[0]
+
+
+def visible_tokens(vlm, batch, keep):
+    """(B, L) bool: the tokens of the full prompt that pruning leaves, worked out row by row."""
+    visible = batch["attention_mask"].bool().clone()
+    for row, kept in enumerate(keep):
+        slots = (batch["input_ids"][row] == vlm.image_id).nonzero().flatten()
+        visible[row, slots] = False
+        visible[row, slots[kept]] = True
+    return visible
+
+
+def full_embeds(stock, batch):
+    """What the stock model feeds its language model."""
+    pixels = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
+    slots = (batch["input_ids"] == stock.config.image_token_id)[..., None]
+    with torch.no_grad():
+        features = torch.cat(list(stock.model.get_image_features(**pixels).pooler_output))
+        return stock.get_input_embeddings()(batch["input_ids"]).masked_scatter(slots, features)
+
+
+def hidden_logits(stock, embeds, positions, visible):
+    """Logits of the full sequence, in which a 4-D mask hides what is not visible. No cache."""
+    length = embeds.shape[1]
+    mask = torch.ones(length, length, dtype=torch.bool).tril() & visible[:, None, None]
+    mask = mask | torch.eye(length, dtype=torch.bool)  # a hidden token sees itself: no row of NaN
+    mask = mask if stock.config.model_type == "llava" else {"full_attention": mask}
+    with torch.no_grad():
+        return stock(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+
+
+def greedy_reference(vlm, stock, batch, keep, steps):
+    """Greedy words from the full, masked sequence, each step from scratch, at positions behind the full prompt."""
+    embeds, positions = full_embeds(stock, batch), stock_positions(stock, batch)
+    visible, tokens = visible_tokens(vlm, batch, keep), []
+    for _ in range(steps):
+        tokens.append(hidden_logits(stock, embeds, positions, visible)[:, -1:].argmax(-1))
+        embeds = torch.cat([embeds, stock.get_input_embeddings()(tokens[-1])], 1)
+        visible = torch.cat([visible, torch.ones_like(tokens[-1]).bool()], 1)
+        positions = torch.cat([positions, positions[..., -1:] + 1], -1)
+    return decode(vlm, stock, torch.cat(tokens, 1))
+
+
+def decode(vlm, stock, tokens):
+    stop = stock.generation_config.eos_token_id
+    rows = [row[:row.index(stop)] if stop in row else row for row in tokens.tolist()]
+    return [vlm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
+
+
+def every(units):
+    return [torch.arange(n) for n in units.counts]
+
+
+# ------------------------------------------------------------------------------------------------- exactness
+
+def test_projected_units_are_the_stock_features(vlm, stock, asked):
+    pixels = {name: asked[name] for name in ("pixel_values", "image_grid_thw") if name in asked}
+    with torch.no_grad():
+        expected = torch.cat(list(stock.model.get_image_features(**pixels).pooler_output))
+        found = vlm.project(vlm.encode(asked).feats)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+def test_units_describe_the_images(vlm, asked, family):
+    units = vlm.encode(asked)
+    assert units.grid == ([(6, 6)] * 3 if family == "llava" else [(3, 5), (4, 3), (3, 3)])
+    assert units.counts == vlm.num_units(asked)
+    assert units.image_of.tolist() == [row for row, n in enumerate(units.counts) for _ in range(n)]
+    assert units.feats.shape == (sum(units.counts), *([] if family == "llava" else [4]), vlm.width)
+    assert not units.feats.requires_grad and vlm.embed(asked, units).embeds.shape[-1] == vlm.dim
+
+
+@pytest.mark.parametrize("layer", [-1, -3, 1, 3])
+def test_llava_takes_any_feature_layer(layer, tmp_path, images):
+    path = llava(tmp_path, vision_feature_layer=layer)
+    vlm = FrozenVLM.from_pretrained(path, dtype=torch.float64)
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
+    batch = vlm.batch(images[:1], [[("how many ?", None)]])
+    with torch.no_grad():
+        expected = torch.cat(list(stock.model.get_image_features(batch["pixel_values"]).pooler_output))
+        torch.testing.assert_close(vlm.project(vlm.encode(batch).feats), expected, **TOLERANCE)
+
+
+def test_keeping_every_unit_changes_nothing(vlm, stock, asked):
+    units, real = vlm.encode(asked), asked["attention_mask"].bool()
+    inputs = stock_inputs(asked)
+    if stock.config.model_type == "llava":             # its forward, unlike its generate, would count the padding
+        inputs["position_ids"] = stock_positions(stock, asked)
+    with torch.no_grad():
+        expected = stock(**inputs, use_cache=False).logits
+        for prompt in (vlm.embed(asked, units), vlm.prune(asked, units, every(units))):
+            torch.testing.assert_close(vlm.logits(prompt)[real], expected[real], **TOLERANCE)
+    tokens = stock.generate(**stock_inputs(asked), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert vlm.generate(vlm.prune(asked, units, every(units)), 6) == decode(vlm, stock, tokens[:, real.shape[1]:])
+
+
+def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered):
+    units, visible = vlm.encode(answered), visible_tokens(vlm, answered, KEEP)
+    prompt = vlm.prune(answered, units, KEEP)
+    real, positions = prompt.mask.bool(), stock_positions(stock, answered)
+    expected = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    assert prompt.mask.sum(1).tolist() == visible.sum(1).tolist()
+    assert (prompt.mask.diff(dim=1) >= 0).all()        # left padded
+    assert prompt.is_visual.sum(1).tolist() == [len(kept) for kept in KEEP]
+    torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
+
+
+def test_reindexed_positions_would_be_noticed(vlm, answered):
+    prompt = vlm.prune(answered, vlm.encode(answered), KEEP)
+    wrong = replace(prompt, pos=(prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos))
+    real = prompt.mask.bool()
+    with torch.no_grad():
+        assert (vlm.logits(prompt) - vlm.logits(wrong))[real].abs().max() > 0.1
+
+
+def test_decoding_goes_on_behind_the_original_prompt(vlm, stock, asked):
+    seen = []
+    hook = vlm.lm.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"][..., -1]), with_kwargs=True)
+    found = vlm.generate(vlm.prune(asked, vlm.encode(asked), KEEP), 6)
+    hook.remove()
+    assert found == greedy_reference(vlm, stock, asked, KEEP, 6)
+    assert max(len(text.split()) for text in found) >= 3              # else cached steps were hardly tested
+    last = stock_positions(stock, asked)[..., -1]
+    for step, positions in enumerate(seen):
+        torch.testing.assert_close(positions, last + step)
+
+
+def test_a_row_in_a_batch_is_the_row_alone(vlm, images, answered):
+    together = vlm.prune(answered, vlm.encode(answered), KEEP)
+    losses = vlm.loss(together, "row")
+    for row in range(len(images)):
+        batch = vlm.batch(images[row:row + 1], ANSWERED[row:row + 1])
+        alone = vlm.prune(batch, vlm.encode(batch), KEEP[row:row + 1])
+        width = alone.mask.shape[1]
+        assert alone.mask.all() and together.mask[row].sum() == width
+        torch.testing.assert_close(together.pos[..., row, -width:], alone.pos[..., 0, :])
+        torch.testing.assert_close(together.labels[row, -width:], alone.labels[0])
+        torch.testing.assert_close(vlm.logits(together)[row, -width:], vlm.logits(alone)[0], **TOLERANCE)
+        torch.testing.assert_close(losses[row], vlm.loss(alone), **TOLERANCE)
+
+
+# ------------------------------------------------------------------------------------------ loss and gradients
+
+def test_loss_is_the_masked_reference(vlm, stock, answered):
+    visible = visible_tokens(vlm, answered, KEEP)
+    labels, positions = answered["labels"], stock_positions(stock, answered)
+    logits = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    rows = []
+    for row in range(len(KEEP)):
+        # the token to the left predicts; in the full sequence that is a text token here, never a dropped one
+        at = (labels[row] != IGNORE).nonzero().flatten()
+        rows.append(-logits[row, at - 1].log_softmax(-1)[torch.arange(len(at)), labels[row, at]])
+    prompt = vlm.prune(answered, vlm.encode(answered), KEEP)
+    torch.testing.assert_close(vlm.loss(prompt), torch.cat(rows).mean(), **TOLERANCE)
+    torch.testing.assert_close(vlm.loss(prompt, "row"), torch.stack([row.mean() for row in rows]), **TOLERANCE)
+    assert len({len(row) for row in rows}) > 1         # else the two means could not differ
+
+
+def test_why_the_mask_is_always_explicit(tmp_path, images):
+    """Without a mask, gaps in LLaVA's positions read as borders between packed texts: wrong, and no warning."""
+    vlm = FrozenVLM.from_pretrained(llava(tmp_path), dtype=torch.float64)
+    batch = vlm.batch(images[:1], [[(QUESTIONS[0], "red")]])
+    prompt = vlm.prune(batch, vlm.encode(batch), [torch.tensor([1, 5, 20])])
+    without = vlm.lm(inputs_embeds=prompt.embeds, position_ids=prompt.pos, use_cache=False).last_hidden_state
+    assert (vlm.model.lm_head(without) - vlm.logits(prompt)).abs().max() > 0.1
+
+
+def test_every_unit_gets_a_gradient_and_no_weight_does(vlm, answered):
+    before = {name: value.clone() for name, value in vlm.state_dict().items()}
+    units = vlm.encode(answered)
+    feats = units.feats.clone().requires_grad_()
+    vlm.train()                                        # what a trainer does to everything it holds
+    loss = vlm.loss(vlm.embed(answered, units, feats))
+    loss.backward()
+    assert not vlm.model.training
+    assert (feats.grad.flatten(1).norm(dim=1) > 0).all()
+    assert all(p.grad is None and not p.requires_grad for p in vlm.parameters())
+    assert all(torch.equal(before[name], value) for name, value in vlm.state_dict().items())
+
+
+def test_gated_features_reach_the_model(vlm, answered):
+    units = vlm.encode(answered)
+    assert vlm.loss(vlm.embed(answered, units, units.feats)) == vlm.loss(vlm.embed(answered, units))
+    assert vlm.loss(vlm.embed(answered, units, units.feats.roll(1, 0))) != vlm.loss(vlm.embed(answered, units))
+
+
+def test_checkpointing_recomputes_and_changes_nothing(vlm, asked, answered):
+    def step():
+        units = vlm.encode(answered)
+        feats = units.feats.clone().requires_grad_()
+        loss = vlm.loss(vlm.embed(answered, units, feats))
+        loss.backward()
+        return loss.detach(), feats.grad
+
+    plain, words, calls = step(), vlm.generate(vlm.embed(asked, vlm.encode(asked)), 4), []
+    hook = vlm.lm.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    vlm.checkpointing(True)
+    try:
+        for mine, expected in zip(step(), plain):
+            torch.testing.assert_close(mine, expected, **TOLERANCE)
+        assert len(calls) == 2                         # once forward, once more in the backward pass
+        assert vlm.generate(vlm.embed(asked, vlm.encode(asked)), 4) == words
+        assert all(p.grad is None for p in vlm.parameters())
+    finally:
+        vlm.checkpointing(False)
+        hook.remove()
+    assert not vlm.lm.training
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+@pytest.mark.parametrize("tokens", ["words", "bytes", "metaspace"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_labels_are_exactly_the_answers(name, tokens, tmp_path, images):
+    vlm = FrozenVLM.from_pretrained(MODELS[name](tmp_path, tokens=tokens), dtype=torch.float64)
+    turns = [[(question, f" {answer} ") for question, answer in row] for row in ANSWERED]     # blanks do not matter
+    batch = vlm.batch(images, turns)
+    labels = batch["labels"]
+    mark = vlm.tokenizer.eos_token_id                  # </s>, which LLaVA's template lacks; <|im_end|> for Qwen
+    for row, turns in enumerate(ANSWERED):
+        marked = labels[row] != IGNORE
+        assert torch.equal(labels[row][marked], batch["input_ids"][row][marked])
+        runs = torch.tensor_split(labels[row], (marked.diff().nonzero().flatten() + 1).tolist())
+        runs = [run for run in runs if (run != IGNORE).all()]
+        assert [run[-1].item() for run in runs] == [mark] * len(turns)
+        assert [vlm.tokenizer.decode(run[:-1]).strip() for run in runs] == [answer for _, answer in turns]
+    prompt = vlm.prune(batch, vlm.encode(batch), KEEP)
+    torch.testing.assert_close(prompt.labels[prompt.labels != IGNORE], labels[labels != IGNORE])
+
+
+def test_an_open_question_has_no_label_and_ends_where_the_answer_starts(vlm, images, asked):
+    assert (asked["labels"] == IGNORE).all()
+    full = vlm.batch(images[:1], [[(QUESTIONS[0], "red")]])
+    start = (full["labels"][0] != IGNORE).nonzero()[0].item()
+    alone = vlm.batch(images[:1], [[(QUESTIONS[0], None)]])
+    assert torch.equal(full["input_ids"][0, :start], alone["input_ids"][0])
+
+
+def test_unknown_words_are_named(vlm, images):
+    assert vlm.unknown_words("is the zebra left of the yurt ? zebra") == ["zebra", "yurt"]
+    with pytest.raises(ValueError, match="'zebra'.*words it knows are: what colour is the") as error:
+        vlm.batch(images[:1], [[("is the zebra red ?", None)]])
+    assert "<" not in str(error.value)                 # no special tokens among the words to choose from
+
+
+def test_bytes_can_spell_anything(tmp_path):
+    vlm = FrozenVLM.from_pretrained(MODELS["qwen"](tmp_path, tokens="bytes"), dtype=torch.float64)
+    assert vlm.unknown_words("zebra ünïcode 象") == []
+
+
+# ---------------------------------------------------------------------------------------- units, [CLS], identity
+
+def test_cls_attention_is_the_eager_one(vlm, path, asked, family):
+    found = vlm.encode(asked).cls
+    if family != "llava":
+        assert found is None
+        return
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
+    rows = stock.model.vision_tower(asked["pixel_values"], output_attentions=True).attentions
+    # hidden state -2 comes out of the last layer but one
+    torch.testing.assert_close(found.double(), rows[-2][:, :, 0, 1:].mean(1).flatten().double(), rtol=0, atol=1e-6)
+    assert (found - rows[-1][:, :, 0, 1:].mean(1).flatten()).abs().max() > 1e-3
+
+
+def test_pad_and_flat_are_inverse():
+    units = Units(torch.arange(1., 6.)[:, None], torch.tensor([0, 0, 1, 1, 1]), [(1, 2), (3, 1)])
+    padded, valid = units.pad()
+    assert padded[..., 0].tolist() == [[1, 2, 0], [3, 4, 5]]
+    assert valid.tolist() == [[True, True, False], [True] * 3]
+    assert torch.equal(units.flat(padded), units.feats)
+    scores = torch.randn(5, requires_grad=True)
+    units.flat(units.pad(scores)[0]).sum().backward()
+    assert scores.grad.tolist() == [1] * 5
+    with pytest.raises(ValueError, match="got 4 rows.*that is 5"):
+        units.pad(torch.zeros(4))
+    with pytest.raises(ValueError, match=r"shape \(2, 4\): expected \(2, 3"):
+        units.flat(torch.zeros(2, 4))
+
+
+def test_several_questions_share_one_encoded_image(vlm, images, asked):
+    owner = [2, 0, 0]
+    batch = vlm.batch([images[b] for b in owner], [[(question, None)] for question in QUESTIONS])
+    shared, fresh = vlm.encode(asked).rows(owner), vlm.encode(batch)
+    assert shared.grid == fresh.grid and torch.equal(shared.image_of, fresh.image_of)
+    torch.testing.assert_close(shared.feats, fresh.feats, **TOLERANCE)
+    assert shared.cls is None if fresh.cls is None else torch.allclose(shared.cls, fresh.cls, atol=1e-6)
+
+
+def test_fingerprint_tells_backbones_apart(vlm, path, tmp_path):
+    assert vlm.fingerprint() == FrozenVLM.from_pretrained(path).fingerprint()
+    other = FrozenVLM.from_pretrained(llava(tmp_path, vision_feature_layer=-1))
+    assert vlm.fingerprint() != other.fingerprint()
+    assert all(isinstance(value, (str, int)) for value in vlm.fingerprint().values())
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+@pytest.mark.parametrize("keep, message", [
+    ([torch.tensor([0])], "keep has 1 rows: expected one per image, that is 3"),
+    ([torch.tensor([0]), torch.tensor([99]), torch.tensor([0])], r"keep\[1\] spans 99 to 99: expected 0 to"),
+    ([torch.tensor([0]), torch.tensor([0]), torch.tensor([-1])], r"keep\[2\] spans -1 to -1: expected 0 to"),
+    (torch.tensor([[0, 1], [1, 0], [0, 1]]), r"keep\[1\] = \[1, 0\]: expected strictly ascending"),
+    (torch.tensor([[0, 1], [0, 1], [2, 2]]), r"keep\[2\] = \[2, 2\]: expected strictly ascending"),
+    (torch.ones(3, 2), r"keep\[0\] is torch.float32 \(2,\): expected int64"),
+])
+def test_keep_is_checked(vlm, asked, keep, message):
+    with pytest.raises(ValueError, match=message):
+        vlm.prune(asked, vlm.encode(asked), keep)
+
+
+@pytest.mark.parametrize("turns, message", [
+    ([], "1 images and 0 dialogues"),
+    ([[]], "row 0 has a Image and 0 turns"),
+    ([[("  ", "red")]], r"turns\[0\]\[0\] has the empty question '  '"),
+    ([[("how many ?", None), ("how many ?", "two")]], r"turns\[0\]\[0\] has the answer None"),
+    ([[("how many ?", " ")]], r"turns\[0\]\[0\] has the answer ' '"),
+])
+def test_turns_are_checked(vlm, images, turns, message):
+    with pytest.raises(ValueError, match=message):
+        vlm.batch(images[:1], turns)
+
+
+def test_batch_refuses_what_is_no_picture_or_places_it_twice(vlm):
+    with pytest.raises(ValueError, match="row 0 has a str and 1 turns: expected a PIL image"):
+        vlm.batch(["cat.png"], [[("how many ?", None)]])
+    with pytest.raises(ValueError, match="leave it out"):
+        vlm.batch([Image.new("RGB", (24, 24))], [[(f"how many {vlm.image_token} ?", None)]])
+
+
+def test_units_must_be_of_the_batch(vlm, images, asked):
+    units = vlm.encode(asked)
+    with pytest.raises(ValueError, match="expected that of units.feats"):
+        vlm.embed(asked, units, units.feats[:-1])
+    with pytest.raises(ValueError, match="encode"):
+        vlm.embed(vlm.batch(images[:1], [[("how many ?", None)]]), units)
+
+
+def test_loss_needs_answers(vlm, asked, answered):
+    with pytest.raises(ValueError, match=r"have \[0, 0, 0\] answer tokens"):
+        vlm.loss(vlm.embed(asked, vlm.encode(asked)))
+    prompt = vlm.embed(answered, vlm.encode(answered))
+    with pytest.raises(ValueError, match="no labels"):
+        vlm.loss(replace(prompt, labels=None))
+    with pytest.raises(ValueError, match="reduction='sum': expected 'mean' or 'row'"):
+        vlm.loss(prompt, "sum")
+
+
+def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at '.*nowhere': expected a folder"):
+        FrozenVLM.from_pretrained(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt99"}')
+    with pytest.raises(ValueError, match="'gpt99': expected one of llava, qwen2_5_vl"):
+        FrozenVLM.from_pretrained(tmp_path)
+
+
+def test_llava_without_a_grid_of_units_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="'full'"):
+        FrozenVLM.from_pretrained(llava(tmp_path, vision_feature_select_strategy="full"))
+
+
+def test_checkpointing_refuses_dropout(vlm):
+    vlm.lm.layers[1].self_attn.attention_dropout = 0.1
+    try:
+        with pytest.raises(ValueError, match="layers.1.self_attn has dropout"):
+            vlm.checkpointing(True)
+    finally:
+        vlm.lm.layers[1].self_attn.attention_dropout = 0.0
+    assert not vlm.lm.training
