@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
@@ -16,6 +18,18 @@ COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.spl
 def test_every_file_the_readme_links_is_there():
     links = [x for x in re.findall(r"\]\(([^)#]+)\)", README) if not x.startswith("http")]
     assert links and not [x for x in links if not (ROOT / x).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
+def test_quoted_tables_are_the_files_that_commands_made(page, tmp_path):
+    text = (ROOT / page).read_text()
+    assert "<!-- table: " in text
+    for name, quoted in re.findall(r"<!-- table: (\S+) -->\n(.*?)\n?<!-- end -->", text, re.S):
+        assert quoted == ((ROOT / page).parent / name).read_text().strip()
+    (tmp_path / "made.md").write_text("| new |\n")
+    (tmp_path / "page.md").write_text("a\n<!-- table: made.md -->\nold\n<!-- end -->\nb\n")
+    evaluate.refresh(tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == "a\n<!-- table: made.md -->\n| new |\n<!-- end -->\nb\n"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ")])

@@ -431,7 +431,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64, help="pictures a step; divides 64 [%(default)s]")
     parser.add_argument("--language-batch", type=int, default=32, help="dialogues a step [%(default)s]")
     parser.add_argument("--vision-steps", type=int, default=1600, help="[%(default)s]")
-    parser.add_argument("--language-steps", type=int, default=4000, help="[%(default)s]")
+    parser.add_argument("--language-steps", type=int, default=1800, help="[%(default)s]")
     parser.add_argument("--lr", type=float, default=3e-3, help="of Muon and AdamW, after warm-up [%(default)s]")
     parser.add_argument("--out", type=Path, help="where the checkpoint goes [tiny/<model>]")
     args = parser.parse_args()
