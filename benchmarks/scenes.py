@@ -19,6 +19,9 @@ class Dialogues(torch.utils.data.Dataset):
     """
 
     def __init__(self, start: int, stop: int, seed: int = 0, turns: int = 5):
+        if not 0 <= seed < 99 or stop > 10**7:
+            raise ValueError(f"seed={seed}, stop={stop}: expected a seed from 0 to 98 and at most 10**7 scenes; beyond "
+                             "lie the scenes of other seeds and of the test")
         self.first, self.range, self.turns = (seed + 1) * 10**7, range(start, stop), turns
 
     def __len__(self):

@@ -59,10 +59,10 @@ TEMPLATE = {
                   "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{{ '<|im_end|> ' }}{% endfor %}"
                   "{% if add_generation_prompt %}{{ '<|im_start|>assistant ' }}{% endif %}"}
 # the same dialogue as lists of words, for the packed training sequences; a test holds it against the template
-TURN = {"llava": (["<s>"], ["USER:"], ["<image>"] * N, ["ASSISTANT:"], ["</s>"], []),
+TURN = {"llava": (["<s>"], ["USER:"], ["<image>"] * N, ["ASSISTANT:"], ["</s>"]),
         "qwen2_5_vl": ([], ["<|im_start|>", "user"],
                        ["<|vision_start|>"] + ["<|image_pad|>"] * N + ["<|vision_end|>"],
-                       ["<|im_end|>", "<|im_start|>", "assistant"], ["<|im_end|>"], ["<|im_start|>"])}
+                       ["<|im_end|>", "<|im_start|>", "assistant"], ["<|im_end|>"])}
 
 
 # ------------------------------------------------------------------------------------------- the two models
@@ -250,7 +250,7 @@ class VisionHeads(nn.Module):
 
 def dialogue(name, vocab, turns):
     """A packed dialogue: token ids, labels (-100 but for answers and the end-of-turn mark)."""
-    start, user, image, assistant, end, _ = TURN[name]
+    start, user, image, assistant, end = TURN[name]
     words, labels = list(start), [-100] * len(start)
     for i, (question, answer) in enumerate(turns):
         before = user + (image if i == 0 else []) + question.split() + assistant
@@ -410,7 +410,7 @@ def train_language(name, model, tok, store, args, work, device):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()), ""
 
     def report():
-        """Exact match of the answers about the pool's last pictures, by family: a look, not the model card."""
+        """Exact match of the answers about the pool's last pictures, which it trains on: a look, not the model card."""
         with torch.no_grad():
             logits, labels, families = forward(np.arange(args.pool - 64, args.pool), np.random.default_rng(3), False)
         answer, hits = labels[:, 1:] >= 0, {}
@@ -435,6 +435,9 @@ def main():
     parser.add_argument("--lr", type=float, default=3e-3, help="of Muon and AdamW, after warm-up [%(default)s]")
     parser.add_argument("--out", type=Path, help="where the checkpoint goes [tiny/<model>]")
     args = parser.parse_args()
+    if 64 % args.batch or 64 % args.language_batch or args.pool % 64:
+        parser.error(f"--batch {args.batch} and --language-batch {args.language_batch} must divide 64, and --pool "
+                     f"{args.pool} must be a multiple of it: pictures of one shape come in runs of 64")
     name, device = args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = args.out or Path(__file__).parent / name
     work = out / "work"
