@@ -14,12 +14,21 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-# What results/ holds, made again: three seeds of AutoSelect and of its ablations, the tiny VLMs' model card, speed.
+# What results/ holds, made again: AutoSelect and its ablations with three seeds, the model card, speed.
 SEEDS := 0 1 2
-.PHONY: results
+VARIANTS := scale_gate global_denoiser random_scorer
+scale_gate := --gate scale
+global_denoiser := --denoiser global
+random_scorer := --scorer random
+.PHONY: results ablations
 results: .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --seed $$s --run runs/autoselect_s$$s --evaluate False; done
 	$(BIN)/python evaluate.py --n 2000 --out results/autoselect_tiny --run $(SEEDS:%=runs/autoselect_s%)
 	$(BIN)/python evaluate.py --model tiny/llava --methods random evidence --n 2000 --out results/tiny_llava
 	$(BIN)/python evaluate.py --speed --out results/speed
 	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"
+ablations: $(VARIANTS)
+.PHONY: $(VARIANTS)
+$(VARIANTS): .venv/ready
+	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
+	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --out results/ablations/$@ --run $(SEEDS:%=runs/$@_s%)

@@ -10,7 +10,7 @@ import json
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ class EvalConfig:
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
         "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most"})
+    gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
         "help": "K, kept tokens [paper: 33.3, 22.2 and 11.1 %% of the tokens]"})
     n: int = option(1000, "questions, at least; the families share them")
@@ -94,7 +95,8 @@ def recall(keep, evidence) -> list[float]:
 def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict, Clock]:
     """Answer all questions with all tokens and with each selector's K.
 
-    selectors: name -> select(units, K) giving one keep per picture, or "oracle". Returns ({(name, K):
+    selectors: name -> select(units, K) giving one keep per picture, or "oracle", or a selector module, whose gate then
+    drowns tokens instead of removing them. Returns ({(name, K):
     list of (family, right, recall)}, clock); the unpruned model is ("vanilla", 0). A selection is made once per
     picture and serves all its questions.
     """
@@ -109,16 +111,21 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
         evidence, shown = evidence_of(part, units), units.rows(owner)
         questions = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked])
         for name, budget in [("vanilla", 0), *((name, k) for name in selectors for k in budgets)]:
+            feats = keep = None
             with clock(f"select {name} {budget}"):
                 if name == "vanilla":
-                    keep = None
+                    pass
+                elif isinstance(selectors[name], torch.nn.Module):           # Figure 5: drowned, not removed
+                    v, valid = units.pad()
+                    gated = units.flat(selectors[name](v, valid, budget)[0])
+                    feats = replace(units, feats=gated).rows(owner).feats
                 elif selectors[name] == "oracle":
                     keep = oracle(evidence, budget)
                 else:
                     chosen = selectors[name](units, budget)
                     keep = [chosen[b] for b in owner]
             with clock(f"answer {name} {budget}"):
-                prompt = vlm.embed(questions, shown) if keep is None else vlm.prune(questions, shown, keep)
+                prompt = vlm.embed(questions, shown, feats) if keep is None else vlm.prune(questions, shown, keep)
                 answers = vlm.generate(prompt, max_new_tokens=4)
             if start < 4 * batch:                      # the share that prefill has, on the first batches
                 with clock(f"prefill {name} {budget}"):
@@ -342,19 +349,23 @@ def main(args=None) -> list[dict]:
     for name in set(cfg.methods) - set(selectors):
         print(f"{name}: left out, this vision encoder has no [CLS] token")
     selectors |= {name: learned(selector) for name, selector in trained.items()}
+    if cfg.gated:
+        selectors |= {f"{name} gated": selector for name, selector in trained.items()}
     rows = scenes.load(cfg.n, cfg.split, SIZES[vlm.model.config.model_type])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
     timed = sum(len(row.questions) for row in rows[:4 * cfg.batch])
     lines = summarise(results, clock, {"pictures": len(rows), "timed": timed})
     if len(trained) > 1:
-        lines += spread(lines, list(trained), f"mean of {len(trained)} runs")
+        for kind in ("", " gated") if cfg.gated else ("",):
+            lines += spread(lines, [name + kind for name in trained], f"mean of {len(trained)} runs{kind}")
     text = table(lines)
     print(f"\n{text}\n\n{lines[0]['n']} questions about {len(rows)} {cfg.split} scenes of the tiny world, model "
           f"{model}, {cfg.device}. It shows the mechanism; these are not the papers' numbers.")
     write_whole(out / "evaluation.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
     write_whole(out / "evaluation.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
-        draw_curve(lines if len(trained) < 2 else [x for x in lines if x["method"] not in trained],
+        single = {name + kind for name in trained for kind in ("", " gated")} if len(trained) > 1 else ()
+        draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
         if trained:
             draw_run(vlm, next(iter(trained.values())), rows[:64], cfg.budgets, out)

@@ -37,16 +37,17 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int = option(800, "optimiser steps [ours]")
-    batch: int = option(32, "pictures a step [ours]")
-    turns: int = option(5, "questions a picture, after its caption [ours]")
-    keep: list[int] = field(default_factory=lambda: [16], metadata={
-        "help": "K in training; of several, each step draws one [ours: 16 of 144 is the paper's hardest, 11.1 %%]"})
-    lr: float = option(1e-3, "AdamW's learning rate after warm-up [ours, for the tiny width; 1e-4 for 7B hosts]")
+    steps: int = option(450, "optimiser steps [ours]")
+    batch: int = option(16, "pictures a step [ours]")
+    turns: int = option(7, "questions a picture, after its caption [ours]")
+    keep: list[int] = field(default_factory=lambda: [48, 48, 32, 16], metadata={
+        "help": "K in training; the steps take turns [ours: the paper's three budgets, 33.3, 22.2 and 11.1 %% of 144]"})
+    lr: float = option(2e-3, "AdamW's learning rate after warm-up [ours, for the tiny width]")
     layers: int = option(2, "scorer blocks [ours, tiny; 5 give the paper's size on CLIP-L]")
     heads: int = option(4, "attention heads of the scorer [ours, tiny; 16 on CLIP-L]")
-    tau_start: float = option(1.0, "temperature of the soft top-K at the first step [ours]")
-    tau_end: float = option(0.05, "... and at the last [ours]")
+    tau_start: float = option(0.1, "temperature of the soft top-K at the first step [ours: from 1, the tiny VLM reads "
+                                   "the many half-drowned tokens and the scorer is not pressed to choose]")
+    tau_end: float = option(0.02, "... and at the last [ours]")
     gate: str = option("noise", "noise: Eq. 5 [paper]; scale: Table 5's ablation", choices=["noise", "scale"])
     denoiser: str = option("diagonal", "diagonal [paper]; global: Table 5's ablation; none",
                            choices=["diagonal", "global", "none"])

@@ -147,14 +147,16 @@ def test_cls_attention_takes_the_largest_and_names_the_encoder_without_one(vlm):
 
 def test_keeping_every_token_answers_as_the_unpruned_model_and_the_oracle_beats_random(vlm):
     rows = scenes.load(60)
+    blind = train.build_selector(config("unused", scorer="random", denoiser="none"), vlm).eval()
     everything = {"all of them": lambda units, k: [torch.arange(n) for n in units.counts],
-                  "random": random.select, "evidence": "oracle"}
+                  "random": random.select, "evidence": "oracle", "gated": blind}
     results, clock = evaluate.measure(vlm, everything, rows, [16], 8)
     assert [r[:2] for r in results["all of them", 16]] == [r[:2] for r in results["vanilla", 0]]
     lines = {x["method"]: x for x in evaluate.summarise(results, clock, {"pictures": len(rows), "timed": 30})}
     assert lines["all of them"]["retention"] == 1 and lines["all of them"]["recall"] == pytest.approx(1, abs=1e-5)
     assert lines["evidence"]["average"] > lines["random"]["average"] + .1
     assert lines["evidence"]["recall"] > lines["random"]["recall"] + .3
+    assert lines["gated"]["average"] < lines["vanilla"]["average"] - .1           # Figure 5: drowned at random
     assert lines["vanilla"]["n"] == sum(len(r.questions) for r in rows)
 
 
