@@ -87,8 +87,8 @@ def oracle(evidence, keep: int) -> list[torch.Tensor]:
 
 
 def recall(keep, evidence) -> list[float]:
-    """Share of each question's evidence that was kept, 0..1."""
-    return [(e[k.cpu()].sum() / e.sum().clamp_min(1e-6)).item() for k, e in zip(keep, evidence)]
+    """Share of each question's evidence that was kept, 0..1; nan where nothing in the picture bears on the question."""
+    return [(e[k.cpu()].sum() / e.sum()).item() for k, e in zip(keep, evidence)]
 
 
 @torch.no_grad()
@@ -150,7 +150,7 @@ def summarise(results: dict, clock: Clock, questions: int) -> list[dict]:
             "average": float(np.mean(list(accuracy.values()))),
             "error": float(np.sqrt(sum(np.var(r) / len(r) for r in families.values() if r)) / len(accuracy)),
             "retention": float(np.mean([accuracy[f] / full[f] for f in known])),
-            "recall": float(np.mean([r for _, _, r in hits])),
+            "recall": float(np.nanmean([r for _, _, r in hits])),
             "vision_ms": 1e3 * clock.total("vision") / questions["pictures"],
             "select_ms": 1e3 * clock.total(f"select {name} {budget}") / questions["pictures"],
             "prefill_ms": 1e3 * sum(prefill) / questions["timed"]})
