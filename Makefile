@@ -24,7 +24,9 @@ random_scorer := --scorer random
 results: .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --seed $$s --run runs/autoselect_s$$s --evaluate False; done
 	$(BIN)/python evaluate.py --n 2000 --out results/autoselect_tiny --run $(SEEDS:%=runs/autoselect_s%)
-	$(BIN)/python evaluate.py --model tiny/llava --methods random evidence --n 2000 --out results/tiny_llava
+	mkdir -p results/autoselect_tiny/selector
+	cp runs/autoselect_s0/config.json runs/autoselect_s0/selector.safetensors results/autoselect_tiny/selector
+	$(BIN)/python evaluate.py --model tiny/llava --methods random evidence --n 2000 --pictures False --out results/tiny_llava
 	$(BIN)/python evaluate.py --speed --out results/speed
 	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"
 ablations: $(VARIANTS)
