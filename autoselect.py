@@ -14,7 +14,7 @@ Shapes  B images, N visual tokens, K kept, C width of a token between vision enc
         valid (B, N) False at padding, None without any | mean, std (C,) of the tokens
         v (B, N, P, C) where P patches are merged into one token later (Qwen2.5-VL, P = 4): they share one a
 Read    downwards: the equations in the paper's order, then AutoSelect, which strings them together.
-Ours    - the two ends of tau's cosine, 1 and 0.05 (close to the hard mask on z of unit variance); train.py's are lowe
+Ours    - The ends of tau's cosine, 1 and 0.05, which is close to the hard mask; train.py's are lower.
         - Depth: 5 scorer + 1 denoiser blocks of CLIP width are 75.6 M parameters, 6 + 1 are 88.2 M; the paper
           prints 84 M.
         - Eq. 5 keeps the variance only where it is 1, and Hugging Face's LLaVA reads a CLIP state that has no
