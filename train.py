@@ -41,8 +41,8 @@ class TrainConfig:
     batch: int = option(16, "pictures a step [ours]")
     turns: int = option(7, "questions a picture, after its caption [ours]")
     keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
-        "help": "K in training; the steps take turns [ours: the paper's three budgets; most often the widest, whose order is "
-                "the last to settle]"})
+        "help": "K in training; the steps take turns [ours: the paper's three budgets; most often the "
+                "widest, whose order settles last]"})
     lr: float = option(2e-3, "AdamW's learning rate after warm-up [ours, for the tiny width]")
     layers: int = option(2, "scorer blocks [ours, tiny; 5 give the paper's size on CLIP-L]")
     heads: int = option(4, "attention heads of the scorer [ours, tiny; 16 on CLIP-L]")
