@@ -217,20 +217,18 @@ class Denoiser(nn.Module):
         return torch.cat([self.block(part) for part in alone.split(32768)]).reshape(x.shape)
 
 
-class AutoSelect(nn.Module):
-    """Scorer and denoiser around a frozen VLM: forward() while training, select() afterwards.
+class NoiseGate(nn.Module):
+    """Eq. (5), the denoiser, and the statistics that both need. StepPrune has the same (its Eqs. 13 and 14).
 
     Parameters are float32; tokens come in any float type and leave in the same.
     """
 
-    def __init__(self, cfg: Config):
+    def __init__(self, width: int, heads: int, gate: str = "noise", denoiser: str = "diagonal"):
         super().__init__()
-        self.cfg = cfg
-        self.scorer = Scorer(cfg.width, cfg.layers, cfg.heads) if cfg.scorer == "learned" else None
-        diagonal = cfg.denoiser == "diagonal"
-        self.denoiser = Denoiser(cfg.width, cfg.heads, diagonal) if cfg.denoiser != "none" else None
-        self.register_buffer("mean", torch.zeros(cfg.width))
-        self.register_buffer("std", torch.ones(cfg.width))
+        self.gate = gate
+        self.denoiser = Denoiser(width, heads, denoiser == "diagonal") if denoiser != "none" else None
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # tokens seen by the two above
 
     @torch.no_grad()
@@ -244,6 +242,29 @@ class AutoSelect(nn.Module):
         self.std = ((1 - w) * self.std.square() + w * var + w * (1 - w) * shift.square()).sqrt()
         self.mean = self.mean + w * shift
 
+    def gated(self, v: Tensor, a: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
+        """v~ after the denoiser, of v's shape and type. Padding comes back as noise: the caller drops it."""
+        if self.gate == "noise":
+            noise = torch.randn(v.shape, generator=generator, device=v.device)    # fresh for each patch
+            out = vp_gate(v, a, noise, self.mean, self.std)
+        else:
+            out = scale_gate(v, a)
+        if self.denoiser is not None:
+            x = standardise(out, self.mean, self.std)
+            seen = None if valid is None else valid.repeat_interleave(x.shape[2:-1].numel(), 1)
+            x = self.denoiser(x.flatten(1, -2), seen).reshape(v.shape)
+            out = destandardise(x, self.mean, self.std)
+        return out.to(v.dtype)
+
+
+class AutoSelect(NoiseGate):
+    """Scorer and denoiser around a frozen VLM: forward() while training, select() afterwards."""
+
+    def __init__(self, cfg: Config):
+        scorer = Scorer(cfg.width, cfg.layers, cfg.heads) if cfg.scorer == "learned" else None
+        super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser)
+        self.cfg, self.scorer = cfg, scorer
+
     def scores(self, v: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
         """s (B, N), Eq. (3); with scorer="random" a fresh draw at each call."""
         if self.scorer is None:
@@ -255,24 +276,14 @@ class AutoSelect(nn.Module):
                 tau: float | None = None, generator=None) -> tuple[Tensor, Tensor]:
         """v -> (v~ after the denoiser, same shape and type; a (B, N) float32). Eq. (1) is read on it.
 
-        keep defaults to cfg.keep, tau to cfg.tau_end. Padding comes back as noise: the caller drops it.
+        keep defaults to cfg.keep, tau to cfg.tau_end.
         """
         if self.training:
             self.update_statistics(v, valid)
         z = zscore(self.scores(v, valid, generator), valid)
         keep = self.cfg.keep if keep is None else keep
         a = soft_topk(z, keep, self.cfg.tau_end if tau is None else tau, valid)
-        if self.cfg.gate == "noise":
-            noise = torch.randn(v.shape, generator=generator, device=v.device)    # fresh for each patch
-            out = vp_gate(v, a, noise, self.mean, self.std)
-        else:
-            out = scale_gate(v, a)
-        if self.denoiser is not None:
-            x = standardise(out, self.mean, self.std)
-            seen = None if valid is None else valid.repeat_interleave(x.shape[2:-1].numel(), 1)
-            x = self.denoiser(x.flatten(1, -2), seen).reshape(v.shape)
-            out = destandardise(x, self.mean, self.std)
-        return out.to(v.dtype), a
+        return self.gated(v, a, valid, generator), a
 
     @torch.no_grad()
     def select(self, v: Tensor, valid: Tensor | None = None, keep=None, generator=None) -> list[Tensor]:

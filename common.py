@@ -332,6 +332,9 @@ class FrozenVLM(nn.Module):
                                padding=True, add_special_tokens=special, return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        asked = self.tokenizer([" ".join(question for question, _ in dialogue) for dialogue in turns],
+                               add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
         return batch.to(self.device if device is None else device)
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
@@ -353,6 +356,11 @@ class FrozenVLM(nn.Module):
             inside = torch.tensor([any(y > a and x < b for a, b in spans[row]) for x, y in offsets])
             labels[row, column[inside]] = ids[row, column[inside]]
         return labels
+
+    def question(self, batch) -> tuple[Tensor, Tensor]:
+        """What a selector may read of the text: word embeddings (B, L, D) of each row's questions, right padded, and
+        valid (B, L) bool. No template, no answers."""
+        return self.lm.get_input_embeddings()(batch["question_ids"]).detach(), batch["question_mask"].bool()
 
     # ------------------------------------------------------------------------------------------------- vision
 

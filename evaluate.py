@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +22,10 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import autoselect
+import stepprune
 from baselines import cls_attention, random
 from benchmarks import scenes
-from common import FrozenVLM, random_language_model
+from common import FrozenVLM, Units, random_language_model
 from train import load_run, option, write_whole
 
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
@@ -39,7 +41,9 @@ class EvalConfig:
         "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most"})
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
-        "help": "K, kept tokens [paper: 33.3, 22.2 and 11.1 %% of the tokens]"})
+        "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]"})
+    exact: bool = option(False, "stepprune: also keep exactly K")
+    max_keep: int | None = option(None, "stepprune: most tokens it may keep [twice the T_max it was trained with]")
     n: int = option(1000, "questions, at least; the families share them")
     batch: int = option(32, "pictures encoded at a time")
     split: str = option("test", "scenes to ask about", choices=["test", "calibration"])
@@ -53,28 +57,65 @@ class EvalConfig:
 
 
 class Clock:
-    """Seconds per stage, summed over calls."""
+    """Milliseconds per item and stage, the mean over all calls."""
 
     def __init__(self, device):
-        self.seconds, self.device = {}, torch.device(device)
+        self.seconds, self.items, self.device = {}, {}, torch.device(device)
 
     @contextmanager
-    def __call__(self, stage):
+    def __call__(self, stage, items: int):
         self._wait()
         start = time.perf_counter()
         yield
         self._wait()
-        self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
+        self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - start
+        self.items[stage] = self.items.get(stage, 0) + items
 
     def _wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def total(self, stage):
-        return sum(self.seconds.get(stage, []))
+    def ms(self, stage) -> float:
+        return 1e3 * self.seconds[stage] / self.items[stage]
 
 
 # --------------------------------------------------------------------------------------------------- measuring
+
+class Asked(NamedTuple):
+    """Q questions about B pictures: all that a selection may read, and the evidence it is judged by.
+
+    pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
+    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer
+    """
+    pictures: Units
+    owner: list[int]
+    units: Units
+    question: tuple
+    evidence: list
+
+
+class Selector(NamedTuple):
+    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture."""
+    select: Callable
+    each: bool = True
+
+
+class Hit(NamedTuple):
+    """One answered question. recall: share of its evidence that was kept, nan where nothing bears on it."""
+    family: str
+    right: float
+    recall: float
+    kept: int
+    things: int
+
+
+def per_picture(select) -> Selector:
+    """A selection that knows no question serves all of a picture's. select(units, K) -> one keep a picture."""
+    def chosen(asked, k):
+        keep = select(asked.pictures, k)
+        return [keep[b] for b in asked.owner]
+    return Selector(chosen, each=False)
+
 
 def evidence_of(rows, units) -> list[torch.Tensor]:
     """For every question of every row, (n_b,) share of each unit that shows its answer."""
@@ -86,75 +127,122 @@ def oracle(evidence, keep: int) -> list[torch.Tensor]:
     return [e.argsort(descending=True, stable=True)[:keep].sort().values for e in evidence]
 
 
+def stepwise(selector, biases: dict, most: int, exact: bool = False) -> Selector:
+    """StepPrune at the stop bias calibrated for K, or made to keep exactly K."""
+    def chosen(asked, k):
+        how = dict(least=k, most=k) if exact else dict(stop_bias=biases[k], most=most)
+        return selector.select(*asked.units.pad(), *asked.question, **how)
+    return Selector(chosen)
+
+
 def recall(keep, evidence) -> list[float]:
     """Share of each question's evidence that was kept, 0..1; nan where nothing in the picture bears on the question."""
     return [(e[k.cpu()].sum() / e.sum()).item() for k, e in zip(keep, evidence)]
 
 
 @torch.no_grad()
-def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict, Clock]:
-    """Answer all questions with all tokens and with each selector's K.
+def ask(vlm, part, clock=None) -> tuple[Asked, dict]:
+    """The questions of some rows as Asked, and as the batch that the VLM answers."""
+    owner = [b for b, row in enumerate(part) for _ in row.questions]
+    asked = [q for row in part for q in row.questions]
+    pixels = vlm.batch([row.image for row in part], [[(row.questions[0].question, None)] for row in part])
+    with (clock or Clock(vlm.device))("vision", len(part)):
+        units = vlm.encode(pixels)
+    batch = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked])
+    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
 
-    selectors: name -> select(units, K) giving one keep per picture, or "oracle", or a selector module, whose gate then
-    drowns tokens instead of removing them. Returns ({(name, K):
-    list of (family, right, recall)}, clock); the unpruned model is ("vanilla", 0). A selection is made once per
-    picture and serves all its questions.
+
+@torch.no_grad()
+def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict, Clock]:
+    """Answer all questions with all tokens and with each selector's K -> ({(name, K): list of Hit}, clock).
+
+    selectors: name -> Selector, or an AutoSelect module, whose gate then drowns tokens instead of removing them. The
+    unpruned model is ("vanilla", 0).
     """
     results, clock = {}, Clock(vlm.device)
     for start in tqdm(range(0, len(rows), batch), "evaluate"):
         part = rows[start:start + batch]
-        owner = [b for b, row in enumerate(part) for _ in row.questions]
-        asked = [q for row in part for q in row.questions]
-        pixels = vlm.batch([row.image for row in part], [[(row.questions[0].question, None)] for row in part])
-        with clock("vision"):
-            units = vlm.encode(pixels)
-        evidence, shown = evidence_of(part, units), units.rows(owner)
-        questions = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked])
+        asked, questions = ask(vlm, part, clock)
+        gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
         for name, budget in [("vanilla", 0), *((name, k) for name in selectors for k in budgets)]:
-            feats = keep = None
-            with clock(f"select {name} {budget}"):
-                if name == "vanilla":
-                    pass
-                elif isinstance(selectors[name], torch.nn.Module):           # Figure 5: drowned, not removed
-                    v, valid = units.pad()
-                    gated = units.flat(selectors[name](v, valid, budget)[0])
-                    feats = replace(units, feats=gated).rows(owner).feats
-                elif selectors[name] == "oracle":
-                    keep = oracle(evidence, budget)
-                else:
-                    chosen = selectors[name](units, budget)
-                    keep = [chosen[b] for b in owner]
-            with clock(f"answer {name} {budget}"):
-                prompt = vlm.embed(questions, shown, feats) if keep is None else vlm.prune(questions, shown, keep)
-                answers = vlm.generate(prompt, max_new_tokens=4)
+            feats, keep, selector = None, None, selectors.get(name)
+            with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
+                if isinstance(selector, torch.nn.Module):                    # Figure 5: drowned, not removed
+                    v, valid = asked.pictures.pad()
+                    gated = asked.pictures.flat(selector(v, valid, budget)[0])
+                    feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
+                elif selector:
+                    keep = selector.select(asked, budget)
+            prompt = vlm.prune(questions, asked.units, keep) if keep else vlm.embed(questions, asked.units, feats)
+            answers = vlm.generate(prompt, max_new_tokens=4)
             if start < 4 * batch:                      # the share that prefill has, on the first batches
-                with clock(f"prefill {name} {budget}"):
+                with clock(f"prefill {name} {budget}", len(gold)):
                     vlm.generate(prompt, max_new_tokens=1)
-            found = recall(keep, evidence) if keep else [1.] * len(asked)
+            found = recall(keep, asked.evidence) if keep else [1.] * len(gold)
+            kept = [len(k) for k in keep] if keep else [len(e) for e in asked.evidence]
             results.setdefault((name, budget), []).extend(
-                (q.family, scenes.score(a, q.answer), r) for q, a, r in zip(asked, answers, found))
+                Hit(q.family, scenes.score(a, q.answer), r, k, things)
+                for (q, things), a, r, k in zip(gold, answers, found, kept))
     return results, clock
 
 
-def summarise(results: dict, clock: Clock, questions: int) -> list[dict]:
-    """One line per method and budget: accuracy per family, average, retention, recall, milliseconds, n."""
+@torch.no_grad()
+def calibrate(vlm, selector, budgets, most: int, n: int = 600, batch: int = 32) -> dict[int, float]:
+    """Stop bias per wished mean K, from questions of the calibration scenes: one long episode each serves them all."""
+    rows = scenes.load(n, "calibration", SIZES[vlm.model.config.model_type])
+    margins = []
+    for start in tqdm(range(0, len(rows), batch), "calibrate"):
+        asked, _ = ask(vlm, rows[start:start + batch])
+        v, valid = asked.units.pad()
+        margins.append(selector.rollout(selector.memory(v, valid, *asked.question), valid, -1e4, most=most).margin)
+    return {k: stepprune.calibrate(torch.cat(margins), k) for k in budgets}
+
+
+def summarise(results: dict, clock: Clock) -> list[dict]:
+    """One line per method and budget: accuracy per family, average, retention, recall, kept tokens, milliseconds, n."""
     lines, full = [], {}
     for (name, budget), hits in results.items():
-        families = {f: [r for g, r, _ in hits if g == f] for f in scenes.FAMILIES}
+        families = {f: [h.right for h in hits if h.family == f] for f in scenes.FAMILIES}
         accuracy = {f: float(np.mean(r)) for f, r in families.items() if r}
         full = full or accuracy                        # the first entry is the unpruned model
         known = [f for f in accuracy if full[f] > 0]
-        prefill = clock.seconds[f"prefill {name} {budget}"]
         lines.append({
             "method": name, "K": budget or "all", "n": len(hits), "families": accuracy,
             "average": float(np.mean(list(accuracy.values()))),
             "error": float(np.sqrt(sum(np.var(r) / len(r) for r in families.values() if r)) / len(accuracy)),
             "retention": float(np.mean([accuracy[f] / full[f] for f in known])),
-            "recall": float(np.nanmean([r for _, _, r in hits])),
-            "vision_ms": 1e3 * clock.total("vision") / questions["pictures"],
-            "select_ms": 1e3 * clock.total(f"select {name} {budget}") / questions["pictures"],
-            "prefill_ms": 1e3 * sum(prefill) / questions["timed"]})
+            "recall": float(np.nanmean([h.recall for h in hits])), "kept": float(np.mean([h.kept for h in hits])),
+            "vision_ms": clock.ms("vision"), "select_ms": clock.ms(f"select {name} {budget}"),
+            "prefill_ms": clock.ms(f"prefill {name} {budget}")})
     return lines
+
+
+def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
+    """How a selector that decides for itself spread its tokens: K's deciles, its correlation with the number of things
+    in the scene, per family, and accuracy per log-spaced bucket of K (the paper's Figure 4)."""
+    kept, right = np.array([h.kept for h in hits]), np.array([h.right for h in hits])
+    edges = np.geomspace(kept.min(), kept.max() + 1, buckets + 1)
+    inside = [(kept >= low) & (kept < high) for low, high in zip(edges, edges[1:])]
+    return {"mean": float(kept.mean()), "deciles": np.percentile(kept, range(0, 101, 10)).tolist(),
+            "things": float(np.corrcoef(kept, [h.things for h in hits])[0, 1]) if kept.std() else float("nan"),
+            "families": {f: float(np.mean([h.kept for h in hits if h.family == f]))
+                         for f in scenes.FAMILIES if any(h.family == f for h in hits)},
+            "buckets": [{"from": int(np.ceil(low)), "to": int(np.ceil(high)) - 1, "n": int(b.sum()),
+                         "accuracy": float(right[b].mean()) if b.any() else None}
+                        for low, high, b in zip(edges, edges[1:], inside)]}
+
+
+def adaptive_table(found: dict) -> str:
+    """{(name, K): adaptive()} as Markdown."""
+    out = ["| method | wished K | mean K | deciles 10 .. 90 | K by family | correlation with number of things | "
+           "accuracy by bucket of K (n) |", "|" + "---|" * 7]
+    for (name, budget), x in found.items():
+        families = ", ".join(f"{f} {k:.0f}" for f, k in x["families"].items())
+        buckets = ", ".join(f"{b['from']}-{b['to']}: {100 * b['accuracy']:.0f} ({b['n']})"
+                            for b in x["buckets"] if b["n"])
+        deciles = " ".join(f"{k:.0f}" for k in x["deciles"][1:-1])
+        out.append(f"| {name} | {budget} | {x['mean']:.1f} | {deciles} | {families} | {x['things']:.2f} | {buckets} |")
+    return "\n".join(out)
 
 
 def spread(lines: list[dict], names: list[str], label: str) -> list[dict]:
@@ -170,14 +258,15 @@ def spread(lines: list[dict], names: list[str], label: str) -> list[dict]:
 
 
 def table(lines: list[dict]) -> str:
-    """The lines as Markdown; percent, and milliseconds a picture (vision, selection) or a question (prefill)."""
-    head = ["method", "K", *scenes.FAMILIES, "average", "retention", "evidence recall", "select ms", "prefill ms"]
+    """The lines as Markdown: percent, and milliseconds a selection and a question's prefill."""
+    head = ["method", "K", "kept", *scenes.FAMILIES, "average", "retention", "evidence recall", "select ms",
+            "prefill ms"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         def percent(key, line=line):
             return f"{100 * line[key]:.1f}" + (f" ±{100 * line[key + '_sd']:.1f}" if key + "_sd" in line else "")
-        cells = [line["method"], str(line["K"]), *(f"{100 * line['families'].get(f, float('nan')):.1f}"
-                                                   for f in scenes.FAMILIES),
+        families = (line["families"].get(f, float("nan")) for f in scenes.FAMILIES)
+        cells = [line["method"], str(line["K"]), f"{line['kept']:.1f}", *(f"{100 * x:.1f}" for x in families),
                  percent("average"), percent("retention"), percent("recall"),
                  f"{line['select_ms']:.2f}", f"{line['prefill_ms']:.2f}"]
         out.append("| " + " | ".join(cells) + " |")
@@ -245,8 +334,9 @@ def draw_curve(lines: list[dict], tokens: int, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_kept(images, grids, scores, keeps, titles, path: Path) -> None:
-    """Per picture: itself, the heat map of its scores, and the kept patches with the rest greyed out."""
+def draw_kept(images, grids, scores, keeps, titles, path: Path, orders=None) -> None:
+    """Per picture: itself, the heat map of its scores, and the kept patches with the rest greyed out, numbered in the
+    order orders[b] in which they were picked."""
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(3, len(images), figsize=(2 * len(images), 6.4), layout="constrained", squeeze=False)
     for b, (image, (rows, columns), s, keep) in enumerate(zip(images, grids, scores, keeps)):
@@ -261,7 +351,27 @@ def draw_kept(images, grids, scores, keeps, titles, path: Path) -> None:
             axis.imshow(picture, **style)
             axis.set_title(title or titles[b], fontsize=8)
             axis.axis("off")
+        for number, i in enumerate(orders[b].tolist() if orders else (), 1):
+            x, y = (i % columns + .5) * image.width / columns, (i // columns + .5) * image.height / rows
+            axes[2, b].text(x, y, number, fontsize=4.5, ha="center", va="center", color="white",
+                            bbox=dict(facecolor="black", alpha=.5, lw=0, pad=.4))
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_adaptive(found: dict, path: Path) -> None:
+    """The paper's Figure 4, left: histogram of K and accuracy per log-spaced bucket of K, a panel per mean K."""
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(found), figsize=(3.4 * len(found), 3), layout="constrained", squeeze=False)
+    for axis, ((_, budget), x) in zip(axes[0], found.items()):
+        filled = [b for b in x["buckets"] if b["n"]]
+        left, right = [b["from"] - .5 for b in filled], [b["to"] + .5 for b in filled]
+        axis.bar(left, [b["n"] for b in filled], np.subtract(right, left), align="edge", color="lightsteelblue", ec="w")
+        axis.set(xlabel=f"kept tokens (mean {x['mean']:.1f})", ylabel="questions", title=f"wished mean K = {budget}")
+        line = axis.twinx()
+        line.plot(np.add(left, right) / 2, [100 * b["accuracy"] for b in filled], "o-", color="firebrick")
+        line.set(ylim=(0, 105), ylabel="accuracy (%)")
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 
@@ -305,84 +415,144 @@ def answer_one(cfg: EvalConfig, vlm, selector, out: Path) -> None:
         raise ValueError(f"cannot read --image {cfg.image}: {error}. Expected a picture, PNG or JPEG") from error
     batch = vlm.batch([image], [[(cfg.question or "", None)]])
     units = vlm.encode(batch)
-    v, valid = units.pad()
-    scores = selector.scores(v, valid).detach()
+    biases = bias_of(cfg, vlm, selector)
     print(f"all {sum(units.counts)} tokens: {vlm.generate(vlm.embed(batch, units))[0]}")
-    keeps = [selector.select(v, valid, k)[0] for k in cfg.budgets]
-    for k, keep in zip(cfg.budgets, keeps):
-        print(f"{k} tokens: {vlm.generate(vlm.prune(batch, units, [keep]))[0]}")
-    path = out / "answer.png"
-    draw_kept([image] * len(keeps), units.grid * len(keeps), [scores[0]] * len(keeps), keeps,
-              [cfg.question] * len(keeps), path)
+    shown = [look(selector, units, vlm.question(batch), k, biases) for k in cfg.budgets]
+    for k, (_, keep, _) in zip(cfg.budgets, shown):
+        mean = f", for a mean of {k}" if biases else ""
+        print(f"{len(keep[0])} tokens{mean}: {vlm.generate(vlm.prune(batch, units, keep))[0]}")
+    path, n = out / "answer.png", len(cfg.budgets)
+    scores, keeps, orders = (None if each[0] is None else [x[0] for x in each] for each in zip(*shown))
+    draw_kept([image] * n, units.grid * n, scores, keeps, [cfg.question] * n, path, orders)
     print(f"drawn: {path}")
+
+
+def bias_of(cfg: EvalConfig, vlm, selector) -> dict | None:
+    """Stop bias per budget of a selector that decides for itself; None for one that does not."""
+    if not isinstance(selector, stepprune.StepPrune):
+        return None
+    biases = calibrate(vlm, selector, cfg.budgets, cfg.max_keep or 2 * selector.cfg.max_steps)
+    print("stop bias " + ", ".join(f"{b:.3f} for a mean of {k}" for k, b in biases.items()))
+    return biases
+
+
+@torch.no_grad()
+def look(selector, units, question, k: int, biases: dict | None):
+    """What to draw: scores (B, N), keep, the order of the picks or None. A pick's score is its turn, from the end."""
+    v, valid = units.pad()
+    if biases is None:
+        return selector.scores(v, valid), selector.select(v, valid, k), None
+    orders = selector.picks(v, valid, *question, stop_bias=biases[k], most=2 * selector.cfg.max_steps)
+    scores = torch.zeros(valid.shape, device=v.device)
+    for row, order in zip(scores, orders):
+        row[order] = torch.arange(len(order), 0, -1, device=v.device).to(row) / len(order)
+    return scores, [order.sort().values for order in orders], orders
+
+
+def check(cfg: EvalConfig) -> tuple[list[str], str]:
+    """The runs to evaluate and their model. Raises before anything is loaded."""
+    unknown = set(cfg.methods) - {*BASELINES, "evidence"}
+    if unknown:
+        raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
+    runs = cfg.run or ([] if cfg.model else [latest_run()])
+    if not all((Path(run) / "config.json").exists() for run in runs):
+        raise FileNotFoundError(f"{runs}: not all of these hold a run (config.json is missing)")
+    if (cfg.image or cfg.question) and not (cfg.image and runs):
+        raise ValueError("--question needs --image, a picture file, and a trained run")
+    return runs, cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"]
+
+
+def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
+    """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
+    baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
+                 **{name: per_picture(select) for name, select in BASELINES.items()}}
+    selectors = {name: baselines[name] for name in cfg.methods
+                 if name != "cls_attention" or hasattr(vlm.model.config, "vision_feature_layer")}
+    for name in set(cfg.methods) - set(selectors):
+        print(f"{name}: left out, this vision encoder has no [CLS] token")
+    groups = {}
+    for name, (selector, config) in trained.items():
+        more = {}
+        if biases[name]:
+            most = cfg.max_keep or 2 * selector.cfg.max_steps
+            more[""] = stepwise(selector, biases[name], most)
+            if cfg.exact:
+                more[" exactly"] = stepwise(selector, biases[name], most, exact=True)
+        else:
+            more[""] = per_picture(lambda units, k, selector=selector: selector.select(*units.pad(), k))
+            if cfg.gated:
+                more[" gated"] = selector
+        same = str({k: v for k, v in vars(config).items() if k not in ("seed", "run")})
+        for kind, each in more.items():
+            selectors[name + kind] = each
+            groups.setdefault(config.method + kind + same, (config.method + kind, []))[1].append(name + kind)
+    return selectors, {f"{label}, mean of {len(names)}": names for label, names in groups.values() if len(names) > 1}
 
 
 def main(args=None) -> list[dict]:
     (cfg,) = HfArgumentParser(EvalConfig, description=__doc__).parse_args_into_dataclasses(args)
-    unknown = set(cfg.methods) - {*BASELINES, "evidence"}
-    if unknown:
-        raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
     if cfg.speed:
-        lines = measure_speed(cfg.device)
-        text = speed_table(lines, 4)
-        print(f"\n{text}\n\nrandom weights, 4 layers, {cfg.device}, {torch.get_num_threads()} threads")
-        write_whole(Path(cfg.out or "runs") / "speed.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
-        write_whole(Path(cfg.out or "runs") / "speed.md", lambda p: p.write_text(text + "\n"))
-        return lines
-    runs = cfg.run or ([] if cfg.model else [latest_run()])
-    if not all((Path(run) / "config.json").exists() for run in runs):
-        raise FileNotFoundError(f"{runs}: not all of these hold a run (config.json is missing)")
-    model = cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"]
+        return speed(cfg)
+    runs, model = check(cfg)
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
-    trained = {str(run): load_run(run, vlm)[0] for run in runs}
-    if cfg.image or cfg.question:
-        if not (cfg.image and trained):
-            raise ValueError("--question needs --image, a picture file, and a trained run")
-        return answer_one(cfg, vlm, next(iter(trained.values())), out)
-
-    def learned(selector):
-        return lambda units, k: selector.select(*units.pad(), k)
-    selectors = {name: "oracle" if name == "evidence" else BASELINES[name] for name in cfg.methods
-                 if name != "cls_attention" or hasattr(vlm.model.config, "vision_feature_layer")}
-    for name in set(cfg.methods) - set(selectors):
-        print(f"{name}: left out, this vision encoder has no [CLS] token")
-    selectors |= {name: learned(selector) for name, selector in trained.items()}
-    if cfg.gated:
-        selectors |= {f"{name} gated": selector for name, selector in trained.items()}
+    trained = {str(run): load_run(run, vlm) for run in runs}
+    if cfg.image:
+        return answer_one(cfg, vlm, trained[runs[0]][0], out)
+    biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
+    selectors, groups = selectors_of(cfg, vlm, trained, biases)
     rows = scenes.load(cfg.n, cfg.split, SIZES[vlm.model.config.model_type])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
-    timed = sum(len(row.questions) for row in rows[:4 * cfg.batch])
-    lines = summarise(results, clock, {"pictures": len(rows), "timed": timed})
-    if len(trained) > 1:
-        for kind in ("", " gated") if cfg.gated else ("",):
-            lines += spread(lines, [name + kind for name in trained], f"mean of {len(trained)} runs{kind}")
+    lines = summarise(results, clock)
+    for label, names in groups.items():
+        lines += spread(lines, names, label)
     text = table(lines)
     print(f"\n{text}\n\n{lines[0]['n']} questions about {len(rows)} {cfg.split} scenes of the tiny world, model "
           f"{model}, {cfg.device}. It shows the mechanism; these are not the papers' numbers.")
     write_whole(out / "evaluation.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
     write_whole(out / "evaluation.md", lambda p: p.write_text(text + "\n"))
+    found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
+    if found:
+        text = adaptive_table(found)
+        print(f"\n{text}")
+        write_whole(out / "adaptive.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
-        single = {name + kind for name in trained for kind in ("", " gated")} if len(trained) > 1 else ()
+        single = {name for names in groups.values() for name in names}
         draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
+        if found:
+            first = next(iter(found))[0]
+            draw_adaptive({key: x for key, x in found.items() if key[0] == first}, out / "adaptive.png")
         if trained:
-            draw_run(vlm, next(iter(trained.values())), rows[:64], cfg.budgets, out)
+            draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
     return lines
 
 
+def speed(cfg: EvalConfig) -> list[dict]:
+    """--speed: the table of measure_speed, printed and saved."""
+    lines = measure_speed(cfg.device)
+    text = speed_table(lines, 4)
+    print(f"\n{text}\n\nrandom weights, 4 layers, {cfg.device}, {torch.get_num_threads()} threads")
+    out = Path(cfg.out or "runs")
+    write_whole(out / "speed.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
+    write_whole(out / "speed.md", lambda p: p.write_text(text + "\n"))
+    return lines
+
+
 @torch.no_grad()
-def draw_run(vlm, selector, rows, budgets, out: Path) -> None:
+def draw_run(vlm, selector, rows, k: int, biases: dict | None, out: Path) -> None:
     """Heat maps with kept patches of six scenes, and Figure 4's matrix over the square ones."""
-    rows = [row for row in rows if row.image.size == rows[0].image.size]
-    units = vlm.encode(vlm.batch([r.image for r in rows], [[(r.questions[0].question, None)] for r in rows]))
-    v, valid = units.pad()
-    scores, keeps = selector.scores(v, valid), selector.select(v, valid, budgets[-1])
-    draw_kept([r.image for r in rows[:6]], units.grid[:6], scores[:6], keeps[:6],
-              [f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]], out / "kept.png")
-    draw_cosines(v.flatten(2), scores, out / "cosines.png")
+    rows = [replace(row, questions=row.questions[b % len(row.questions):][:1]) for b, row in enumerate(rows)
+            if row.image.size == rows[0].image.size]
+    asked, _ = ask(vlm, rows)
+    scores, keeps, orders = look(selector, asked.units, asked.question, k, biases)
+    titles = [r.questions[0].question if biases else f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]]
+    draw_kept([r.image for r in rows[:6]], asked.units.grid[:6], scores[:6], keeps[:6], titles, out / "kept.png",
+              orders[:6] if biases else None)
+    if not biases:
+        draw_cosines(asked.units.pad()[0].flatten(2), scores, out / "cosines.png")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,15 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import autoselect
+import stepprune
 from benchmarks.scenes import Dialogues
 from common import FrozenVLM
 
-METHODS = ("autoselect",)
+METHODS = {"autoselect": dict(steps=450, batch=16, lr=2e-3),        # what each method trains with unless told otherwise
+           "stepprune": dict(steps=300, batch=8, lr=1e-3)}
 SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
-            "tau_start", "tau_end", "dtype", "turns")
+            "tau_start", "tau_end", "dtype", "turns", "length", "max_steps", "gamma", "hops", "budget", "aggregation",
+            "causal", "text_steps")
 
 
 def option(default, text, **kwargs):
@@ -37,15 +40,16 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int = option(450, "optimiser steps [ours]")
-    batch: int = option(16, "pictures a step [ours]")
-    turns: int = option(7, "questions a picture, after its caption [ours]")
+    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 300]")
+    batch: int | None = option(None, "pictures a step [ours: autoselect 16; stepprune 8, each question a row]")
+    turns: int = option(7, "questions a picture; autoselect reads its caption before them [ours]")
     keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
         "help": "K in training; the steps take turns [ours: the paper's three budgets; most often the "
                 "widest, whose order settles last]"})
-    lr: float = option(2e-3, "AdamW's learning rate after warm-up [ours, for the tiny width]")
-    layers: int = option(2, "scorer blocks [ours, tiny; 5 give the paper's size on CLIP-L]")
-    heads: int = option(4, "attention heads of the scorer [ours, tiny; 16 on CLIP-L]")
+    lr: float | None = option(None, "AdamW's learning rate after warm-up [ours: autoselect 2e-3, stepprune 1e-3]")
+    layers: int = option(2, "blocks of scorer or encoder [ours, tiny; 5 give AutoSelect's size on CLIP-L; stepprune: "
+                            "paper]")
+    heads: int = option(4, "attention heads of the selector [ours, tiny; 16 on CLIP-L]")
     tau_start: float = option(0.1, "temperature of the soft top-K at the first step [ours: from 1, the tiny VLM reads "
                                    "the many half-drowned tokens and the scorer is not pressed to choose]")
     tau_end: float = option(0.02, "... and at the last [ours]")
@@ -53,6 +57,16 @@ class TrainConfig:
     denoiser: str = option("diagonal", "diagonal [paper]; global: Table 5's ablation; none",
                            choices=["diagonal", "global", "none"])
     scorer: str = option("learned", "learned [paper]; random: Figure 5's ablation", choices=["learned", "random"])
+    length: float = option(1.0, "stepprune: lambda of Eq. 15, weight of the share of tokens picked [ours]")
+    max_steps: int = option(48, "stepprune: T_max, most tokens picked in training [ours]")
+    gamma: float = option(0.98, "stepprune: discount of Eq. 11 [ours]")
+    hops: int = option(1, "stepprune: fed-back picks that a gradient passes [ours; paper: all, -1]")
+    budget: str = option("expected", "stepprune: K of Eq. 12; batch_mean [paper], expected [ours]",
+                         choices=["batch_mean", "expected"])
+    aggregation: str = option("full", "stepprune: Eq. 11 [paper]; the others are Table 4's ablations",
+                              choices=list(stepprune.AGGREGATIONS))
+    causal: bool = option(False, "stepprune: Table 4's causal encoder")
+    text_steps: int = option(50, "stepprune: steps in which g_text of Eq. 3 goes from 0 to 1 [ours]")
     dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     workers: int = option(1, "processes that draw scenes and build batches")
@@ -62,6 +76,8 @@ class TrainConfig:
 
     def __post_init__(self):
         self.run = self.run or f"runs/{self.method}"
+        for name, value in METHODS.get(self.method, METHODS["autoselect"]).items():
+            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         if min(self.steps, self.batch, self.save_every, *self.keep) < 1:
             raise ValueError(f"steps={self.steps}, batch={self.batch}, save_every={self.save_every}, "
                              f"keep={self.keep}: all must be at least 1")
@@ -73,7 +89,12 @@ def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
         return autoselect.AutoSelect(autoselect.Config(
             width=vlm.width, keep=cfg.keep[0], layers=cfg.layers, heads=cfg.heads, tau_start=cfg.tau_start,
             tau_end=cfg.tau_end, gate=cfg.gate, denoiser=cfg.denoiser, scorer=cfg.scorer))
-    raise ValueError(f"method={cfg.method!r} is none of {METHODS}")
+    if cfg.method == "stepprune":
+        return stepprune.StepPrune(stepprune.Config(
+            width=vlm.width, text_width=vlm.dim, max_steps=cfg.max_steps, encoder_layers=cfg.layers, heads=cfg.heads,
+            gamma=cfg.gamma, aggregation=cfg.aggregation, causal=cfg.causal, budget=cfg.budget, hops=cfg.hops,
+            gate=cfg.gate, denoiser=cfg.denoiser))
+    raise ValueError(f"method={cfg.method!r} is none of {[*METHODS]}")
 
 
 # ------------------------------------------------------------------------------------------------ run folder
@@ -128,16 +149,49 @@ def save_checkpoint(run: Path, step: int, selector, optim) -> None:
 
 # -------------------------------------------------------------------------------------------------- the loop
 
-def train_step(selector, vlm, batch, cfg, step) -> tuple[torch.Tensor, dict]:
-    """Eq. (1) on one batch: the frozen VLM's own loss on gated tokens. Noise and K depend on (seed, step) alone."""
+@dataclass
+class Batch:
+    """Pictures, each encoded once, and the rows that ask about them: row r shows picture owner[r]."""
+    pictures: dict
+    rows: dict
+    owner: list[int]
+
+
+def collate(vlm: FrozenVLM, each: bool):
+    """Items of Dialogues -> Batch. each: one row a question, for a selection that reads it; else one a picture."""
+    def build(items) -> Batch:
+        images, turns = map(list, zip(*items))
+        pictures = vlm.batch(images, turns, device="cpu")
+        if not each:
+            return Batch(pictures, pictures, list(range(len(items))))
+        asked = [(b, turn) for b, dialogue in enumerate(turns) for turn in dialogue[1:]]
+        rows = vlm.batch([images[b] for b, _ in asked], [[turn] for _, turn in asked], device="cpu")
+        rows.pop("pixel_values")                       # the pictures have them
+        return Batch(pictures, rows, [b for b, _ in asked])
+    return build
+
+
+def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, dict]:
+    """The frozen VLM's own loss on gated tokens. Noise and K depend on (seed, step) alone."""
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed * 1_000_003 + step)
-    units = vlm.encode(batch)
+    rows = batch.rows.to(vlm.device)
+    units = vlm.encode(batch.pictures.to(vlm.device)).rows(batch.owner)
     v, valid = units.pad()
-    keep = cfg.keep[step % len(cfg.keep)]
-    tau = autoselect.temperature(step, cfg.steps, selector.cfg)
-    gated, a = selector(v, valid, keep, tau, generator)
-    loss = vlm.loss(vlm.embed(batch, units, units.flat(gated)))
-    return loss, {"tau": round(tau, 4), "keep": keep, "sharp": round((2 * a - 1).abs()[valid].mean().item(), 4)}
+    tau = autoselect.temperature(step, cfg.steps, cfg)
+    if cfg.method == "autoselect":                     # Eq. (1)
+        keep = cfg.keep[step % len(cfg.keep)]
+        gated, a = selector(v, valid, keep, tau, generator)
+        loss = vlm.loss(vlm.embed(rows, units, units.flat(gated)))
+        shown = {"keep": keep}
+    else:                                              # Eq. (15)
+        g_text = stepprune.text_gate(step, cfg.text_steps)
+        gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
+        nll, count = vlm.loss(vlm.embed(rows, units, units.flat(gated))), episode.count.float()
+        loss = nll + cfg.length * (expected / valid.sum(1)).mean()
+        shown = {"nll": nll.item(), "K": count.mean().item(), "K_sd": count.std(correction=0).item(),
+                 "K_soft": expected.mean().item()}
+    shown |= {"tau": tau, "sharp": (2 * a - 1).abs()[valid].mean().item()}
+    return loss, {k: round(x, 4) for k, x in shown.items()}
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -150,7 +204,7 @@ def train(cfg: TrainConfig) -> Path:
     count = sum(p.numel() for p in selector.parameters())
     frozen = sum(p.numel() for p in vlm.parameters())
     print(f"{cfg.method} on {cfg.model}: {count / 1e6:.2f} M trainable beside {frozen / 1e6:.2f} M frozen, "
-          f"{cfg.steps} steps of {cfg.batch} pictures, K {cfg.keep}, into {run}")
+          f"{cfg.steps} steps of {cfg.batch} pictures, into {run}")
     first = 0
     if (run / "checkpoint.pt").exists():
         state = torch.load(run / "checkpoint.pt", weights_only=True, map_location=cfg.device)
@@ -163,13 +217,13 @@ def train(cfg: TrainConfig) -> Path:
     write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
     data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns)
     loader = DataLoader(data, cfg.batch, num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                        collate_fn=lambda items: vlm.batch(*map(list, zip(*items)), device="cpu"))
+                        collate_fn=collate(vlm, each=cfg.method == "stepprune"))
     start = time.perf_counter()
     with open(log, "a", buffering=1) as out:
         for step, batch in enumerate(bar := tqdm(loader, "train", initial=first, total=cfg.steps), first):
             rate = min(1., (step + 1) / 50) * (.5 + .5 * math.cos(math.pi * step / cfg.steps))
             optim.param_groups[0]["lr"] = cfg.lr * rate
-            loss, shown = train_step(selector, vlm, batch.to(vlm.device), cfg, step)
+            loss, shown = train_step(selector, vlm, batch, cfg, step)
             if not torch.isfinite(loss):
                 raise RuntimeError(f"loss is {loss.item()} at step {step} (scenes {step * cfg.batch} and on): "
                                    f"try a smaller --lr than {cfg.lr}; the last checkpoint is in {run}")
@@ -179,7 +233,8 @@ def train(cfg: TrainConfig) -> Path:
             optim.step()
             out.write(json.dumps({"step": step, "loss": round(loss.item(), 5), "grad_norm": round(norm, 5),
                                   "seconds": round(time.perf_counter() - start, 2), **shown}) + "\n")
-            bar.set_postfix(loss=f"{loss.item():.3f}", tau=shown["tau"], grad=f"{norm:.2f}")
+            kept = f"{shown['K']:.0f}±{shown['K_sd']:.0f}" if "K" in shown else shown["keep"]
+            bar.set_postfix(loss=f"{loss.item():.3f}", K=kept, tau=shown["tau"], grad=f"{norm:.2f}")
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save_checkpoint(run, step + 1, selector, optim)
     write_whole(run / "selector.safetensors", lambda p: save_file(selector.state_dict(), p))

@@ -15,6 +15,7 @@ from benchmarks import scenes
 from common import FrozenVLM
 
 MODEL = "tiny/llava"
+ORACLE = evaluate.Selector(lambda asked, k: evaluate.oracle(asked.evidence, k))
 
 
 @pytest.fixture(scope="module")
@@ -148,11 +149,11 @@ def test_cls_attention_takes_the_largest_and_names_the_encoder_without_one(vlm):
 def test_keeping_every_token_answers_as_the_unpruned_model_and_the_oracle_beats_random(vlm):
     rows = scenes.load(60)
     blind = train.build_selector(config("unused", scorer="random", denoiser="none"), vlm).eval()
-    everything = {"all of them": lambda units, k: [torch.arange(n) for n in units.counts],
-                  "random": random.select, "evidence": "oracle", "gated": blind}
+    everything = {"all of them": evaluate.per_picture(lambda units, k: [torch.arange(n) for n in units.counts]),
+                  "random": evaluate.per_picture(random.select), "evidence": ORACLE, "gated": blind}
     results, clock = evaluate.measure(vlm, everything, rows, [16], 8)
     assert [r[:2] for r in results["all of them", 16]] == [r[:2] for r in results["vanilla", 0]]
-    lines = {x["method"]: x for x in evaluate.summarise(results, clock, {"pictures": len(rows), "timed": 30})}
+    lines = {x["method"]: x for x in evaluate.summarise(results, clock)}
     assert lines["all of them"]["retention"] == 1 and lines["all of them"]["recall"] == pytest.approx(1, abs=1e-5)
     assert lines["evidence"]["average"] > lines["random"]["average"] + .1
     assert lines["evidence"]["recall"] > lines["random"]["recall"] + .3
@@ -160,12 +161,19 @@ def test_keeping_every_token_answers_as_the_unpruned_model_and_the_oracle_beats_
     assert lines["vanilla"]["n"] == sum(len(r.questions) for r in rows)
 
 
+def hits(*each):
+    return [evaluate.Hit(family, right, found, kept, things) for family, right, found, kept, things in each]
+
+
 def test_summary_by_hand():
-    hits = {("vanilla", 0): [("exist", 1, 1.), ("exist", 1, 1.), ("text", 1, 1.), ("text", 0, 1.)],
-            ("mine", 4): [("exist", 1, .5), ("exist", 0, .5), ("text", 0, 0.), ("text", 0, 0.)]}
+    found = {("vanilla", 0): hits(*(("exist", 1, 1., 9, 2), ) * 2, ("text", 1, 1., 9, 2), ("text", 0, 1., 9, 2)),
+             ("mine", 4): hits(*(("exist", r, .5, 4, 2) for r in (1, 0)), *(("text", 0, 0., k, 2) for k in (5, 3)))}
     clock = evaluate.Clock("cpu")
-    clock.seconds = {"vision": [.2], "prefill vanilla 0": [.4], "prefill mine 4": [.1], "select mine 4": [.02]}
-    full, mine = evaluate.summarise(hits, clock, {"pictures": 2, "timed": 4})
+    clock.seconds = {"vision": .2, "prefill vanilla 0": .4, "prefill mine 4": .1, "select mine 4": .02,
+                     "select vanilla 0": 0.}
+    clock.items = {stage: 2 if stage == "select mine 4" else 4 for stage in clock.seconds}
+    full, mine = evaluate.summarise(found, clock)
+    assert full["kept"] == 9 and mine["kept"] == 4
     assert full["average"] == .75 and full["retention"] == 1
     assert mine["average"] == .25 and mine["retention"] == .25 and mine["recall"] == .25       # (.5/1 + 0/.5) / 2
     assert mine["prefill_ms"] == pytest.approx(25) and mine["select_ms"] == pytest.approx(10)
@@ -197,8 +205,8 @@ def test_evaluate_writes_table_and_pictures_and_answers_about_a_photo(tmp_path, 
 
 def test_the_shipped_checkpoint_knows_its_world_and_pruning_hurts(vlm):
     rows = scenes.load(420)
-    results, clock = evaluate.measure(vlm, {"random": random.select, "evidence": "oracle"}, rows, [16])
-    full, floor, best = evaluate.summarise(results, clock, {"pictures": len(rows), "timed": 400})
+    both = {"random": evaluate.per_picture(random.select), "evidence": ORACLE}
+    full, floor, best = evaluate.summarise(*evaluate.measure(vlm, both, rows, [16]))
     for family, bar in dict(exist=.9, colour=.9, shape=.9, where=.88, relation=.8, count=.8, text=.7).items():
         assert full["families"][family] >= bar, family             # a sample: the model card has 2,000 questions
     loss = full["average"] - floor["average"]
