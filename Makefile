@@ -30,7 +30,9 @@ results: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
 	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"
 ablations: $(VARIANTS)
+	$(BIN)/python evaluate.py --ablations autoselect
 .PHONY: $(VARIANTS)
 $(VARIANTS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --out results/ablations/$@ --run $(SEEDS:%=runs/$@_s%)
+	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
+		--out results/ablations/autoselect/$@ --run $(SEEDS:%=runs/$@_s%)

@@ -28,6 +28,11 @@ from benchmarks import scenes
 from common import FrozenVLM, Units, random_language_model
 from train import load_run, option, write_whole
 
+# the papers' ablations: average retention on LLaVA-1.5-7B over GQA, MMB, POPE and MME, at 192, 128 and 64 of 576
+# tokens; StepPrune's Table 4 has one budget. Quoted for their direction; the tiny world's figures are of another kind.
+PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.8, 93.2),
+                            "global_denoiser": (95.9, 95.0, 92.7)},
+             "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
 SIZES = {"llava": ((144, 144),), "qwen2_5_vl": ((144, 144), (192, 108), (108, 192), (96, 216))}
 
@@ -53,6 +58,8 @@ class EvalConfig:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     image: str | None = option(None, "answer about this picture instead")
     question: str | None = option(None, "... this question")
+    ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
+                                   choices=[*PUBLISHED])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
 
 
@@ -221,13 +228,13 @@ def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
     """How a selector that decides for itself spread its tokens: K's deciles, its correlation with the number of things
     in the scene, per family, and accuracy per log-spaced bucket of K (the paper's Figure 4)."""
     kept, right = np.array([h.kept for h in hits]), np.array([h.right for h in hits])
-    edges = np.geomspace(kept.min(), kept.max() + 1, buckets + 1)
+    edges = np.unique(np.geomspace(kept.min(), kept.max() + 1, buckets + 1).round().astype(int)).tolist()
     inside = [(kept >= low) & (kept < high) for low, high in zip(edges, edges[1:])]
     return {"mean": float(kept.mean()), "deciles": np.percentile(kept, range(0, 101, 10)).tolist(),
             "things": float(np.corrcoef(kept, [h.things for h in hits])[0, 1]) if kept.std() else float("nan"),
             "families": {f: float(np.mean([h.kept for h in hits if h.family == f]))
                          for f in scenes.FAMILIES if any(h.family == f for h in hits)},
-            "buckets": [{"from": int(np.ceil(low)), "to": int(np.ceil(high)) - 1, "n": int(b.sum()),
+            "buckets": [{"from": low, "to": high - 1, "n": int(b.sum()),
                          "accuracy": float(right[b].mean()) if b.any() else None}
                         for low, high, b in zip(edges, edges[1:], inside)]}
 
@@ -306,6 +313,29 @@ def speed_table(lines: list[dict], layers: int) -> str:
         out.append(f"| {line['K']} | {line['prefill_ms']:.0f} | {full['prefill_ms'] / line['prefill_ms']:.2f}x | "
                    f"{full['flops'] / line['flops']:.2f}x | {line['select_ms']:.1f} | "
                    f"{100 * line['select_ms'] / (full['prefill_ms'] * 32 / layers):.1f} % |")
+    return "\n".join(out)
+
+
+def ablation_table(method: str, results: Path = Path("results")) -> str:
+    """Every results/ablations/<method>/<variant>/evaluation.json against the method's own results, mean over seeds."""
+    variants = sorted(p for p in (results / "ablations" / method).iterdir() if p.is_dir())
+    files = {"base": results / f"{method}_tiny", **{p.name: p for p in variants}}
+    means = {name: {(line["method"].split(",")[0], line["K"]): line
+                    for line in json.loads((path / "evaluation.json").read_text()) if "runs" in line}
+             for name, path in files.items()}
+    budgets = sorted({k for _, k in means["base"]}, reverse=True)
+    head = ["variant", *(f"K = {k}: retention, - base" for k in budgets), "published: retention, - base"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for name, lines in means.items():
+        for kind in dict.fromkeys(kind for kind, _ in lines):
+            cells = []
+            for k in budgets:
+                x, full = lines[kind, k], means["base"][method, k]
+                cells.append(f"{100 * x['retention']:.1f} ±{100 * x['retention_sd']:.1f}, "
+                             f"{100 * (x['retention'] - full['retention']):+.1f}")
+            paper = PUBLISHED[method].get(name, ()) if kind == method else ()
+            quoted = [f"{p:.1f}, {p - q:+.1f}" for p, q in zip(paper, PUBLISHED[method]["base"])]
+            out.append(f"| {name}{kind[len(method):]} | " + " | ".join(cells) + f" | {' / '.join(quoted) or '-'} |")
     return "\n".join(out)
 
 
@@ -493,6 +523,10 @@ def main(args=None) -> list[dict]:
     (cfg,) = HfArgumentParser(EvalConfig, description=__doc__).parse_args_into_dataclasses(args)
     if cfg.speed:
         return speed(cfg)
+    if cfg.ablations:
+        text = ablation_table(cfg.ablations)
+        print(text)
+        return write_whole(Path(f"results/ablations/{cfg.ablations}.md"), lambda p: p.write_text(text + "\n"))
     runs, model = check(cfg)
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))

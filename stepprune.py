@@ -21,7 +21,9 @@ Shapes  T steps, E_text (B, L, D) word embeddings of the question, M (B, N+1, C)
         pi (B, T, N+1) | picks (B, T) int64, N for stop | on (B, T) True until the row has stopped, stop included
 Read    downwards: the equations in the paper's order, then StepPrune, which strings them together.
 Ours    - The last decoder layer ends at its pointer logits: its read-out and feed-forward would feed nothing.
-        - The text has LayerNorm and learned positions before W_text; memory has LayerNorm.
+        - The text has LayerNorm before W_text and learned positions after it; memory has LayerNorm.
+        - W_text starts as the inverse of the frozen projector (align): from random weights the policy learned to
+          point in 300 steps, yet to the same tokens whatever the question was.
         - hops: through a chain of 48 straight-through picks the gradient grows without bound. The picks are made
           without a graph; then all steps are computed again at once, hops + 1 times, so that a gradient passes at
           most `hops` picks. hops=-1 keeps the graph of the loop itself, the paper's plain rule.
@@ -104,6 +106,21 @@ class Encoder(nn.Module):
         self.position = nn.Parameter(torch.randn(cfg.max_text, cfg.width) * 0.02)
         self.blocks = nn.ModuleList(block(cfg.width, cfg.heads) for _ in range(cfg.encoder_layers))
         self.norm, self.causal = nn.LayerNorm(cfg.width), cfg.causal
+
+    @torch.no_grad()
+    def align(self, v: Tensor, projected: Tensor) -> None:
+        """Start where words and tokens can be compared. v (M, C) standardised, projected (M, D): the same tokens after
+        the frozen projector. W_text becomes the linear map that undoes the projector best (ridge), so that a word
+        lies where the tokens lie that the projector turns into it; and queries start equal to keys, so that tokens
+        attend to what is like them."""
+        x = F.pad(self.text_norm(projected.to(v)), (0, 1), value=1.0).double()
+        ridge = 0.01 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        solution = torch.linalg.solve(x.mT @ x + ridge, x.mT @ v.double())
+        self.text.weight.copy_(solution[:-1].mT)
+        self.text.bias.copy_(solution[-1])
+        for layer in self.blocks:
+            query, key, _ = layer.self_attn.in_proj_weight.chunk(3)
+            key.copy_(query)
 
     def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor, g_text: float) -> Tensor:
         """v (B, N, C) standardised, text (B, L, D); the two masks are False at padding. -> H (B, N, C)"""
@@ -261,6 +278,13 @@ class StepPrune(NoiseGate):
         self.start = nn.Parameter(torch.randn(cfg.width) * 0.02)              # u_start
         self.stop = nn.Parameter(torch.randn(cfg.width))                      # h_stop, of the memory's scale
         self.register_buffer("k_bar", torch.zeros(()))                        # 0: no batch seen yet
+
+    def align(self, v: Tensor, projected: Tensor) -> None:
+        """Before the first step: statistics, and Encoder.align, from tokens v (M, C) or (M, P, C) and the (M, D) that
+        the frozen projector makes of them."""
+        self.update_statistics(v)
+        x = standardise(v, self.mean, self.std)
+        self.encoder.align(x.mean(1) if x.dim() == 3 else x, projected)
 
     def memory(self, v, valid, text, text_valid, g_text: float = 1.0) -> Tensor:
         """M (B, N+1, C).                                                                                Eq. (4)"""

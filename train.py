@@ -23,11 +23,12 @@ import stepprune
 from benchmarks.scenes import Dialogues
 from common import FrozenVLM
 
-METHODS = {"autoselect": dict(steps=450, batch=16, lr=2e-3),        # what each method trains with unless told otherwise
-           "stepprune": dict(steps=300, batch=8, lr=1e-3)}
+METHODS = {                                            # what each method trains with unless told otherwise
+    "autoselect": dict(steps=450, batch=16, lr=2e-3, tau_start=.1, tau_end=.02),
+    "stepprune": dict(steps=400, batch=8, lr=1e-3, tau_start=1., tau_end=.3)}
 SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
             "tau_start", "tau_end", "dtype", "turns", "length", "max_steps", "gamma", "hops", "budget", "aggregation",
-            "causal", "text_steps")
+            "causal", "text_steps", "length_steps", "align")
 
 
 def option(default, text, **kwargs):
@@ -40,7 +41,7 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 300]")
+    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 400]")
     batch: int | None = option(None, "pictures a step [ours: autoselect 16; stepprune 8, each question a row]")
     turns: int = option(7, "questions a picture; autoselect reads its caption before them [ours]")
     keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
@@ -50,14 +51,17 @@ class TrainConfig:
     layers: int = option(2, "blocks of scorer or encoder [ours, tiny; 5 give AutoSelect's size on CLIP-L; stepprune: "
                             "paper]")
     heads: int = option(4, "attention heads of the selector [ours, tiny; 16 on CLIP-L]")
-    tau_start: float = option(0.1, "temperature of the soft top-K at the first step [ours: from 1, the tiny VLM reads "
-                                   "the many half-drowned tokens and the scorer is not pressed to choose]")
-    tau_end: float = option(0.02, "... and at the last [ours]")
+    tau_start: float | None = option(None, "temperature of the soft top-K at the first step [ours: autoselect 0.1, for "
+                                     "from 1 the tiny VLM reads half-drowned tokens and nothing presses the scorer; "
+                                     "stepprune 1, for its scores are all but 0 and 1, and z-scored lie 3 apart]")
+    tau_end: float | None = option(None, "... and at the last [ours: 0.02 and 0.3]")
     gate: str = option("noise", "noise: Eq. 5 [paper]; scale: Table 5's ablation", choices=["noise", "scale"])
     denoiser: str = option("diagonal", "diagonal [paper]; global: Table 5's ablation; none",
                            choices=["diagonal", "global", "none"])
     scorer: str = option("learned", "learned [paper]; random: Figure 5's ablation", choices=["learned", "random"])
     length: float = option(1.0, "stepprune: lambda of Eq. 15, weight of the share of tokens picked [ours]")
+    length_steps: int = option(120, "stepprune: steps in which lambda goes from 0 to that [ours; paper: 0]")
+    align: bool = option(True, "stepprune: start W_text as the inverse of the projector [ours]")
     max_steps: int = option(48, "stepprune: T_max, most tokens picked in training [ours]")
     gamma: float = option(0.98, "stepprune: discount of Eq. 11 [ours]")
     hops: int = option(1, "stepprune: fed-back picks that a gradient passes [ours; paper: all, -1]")
@@ -187,7 +191,8 @@ def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, di
         g_text = stepprune.text_gate(step, cfg.text_steps)
         gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
         nll, count = vlm.loss(vlm.embed(rows, units, units.flat(gated))), episode.count.float()
-        loss = nll + cfg.length * (expected / valid.sum(1)).mean()
+        weight = cfg.length * min(step / max(cfg.length_steps, 1), 1.0)
+        loss = nll + weight * (expected / valid.sum(1)).mean()
         shown = {"nll": nll.item(), "K": count.mean().item(), "K_sd": count.std(correction=0).item(),
                  "K_soft": expected.mean().item()}
     shown |= {"tau": tau, "sharp": (2 * a - 1).abs()[valid].mean().item()}
@@ -212,10 +217,14 @@ def train(cfg: TrainConfig) -> Path:
         selector.load_state_dict(state["selector"])
         optim.load_state_dict(state["optim"])
         print(f"resumed at step {first}")
+    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns)
+    if not first and cfg.method == "stepprune" and cfg.align:
+        units = vlm.encode(vlm.batch(*map(list, zip(*(data[i] for i in range(min(64, len(data))))))))
+        with torch.no_grad():
+            selector.align(units.feats, vlm.project(units.feats))
     log = run / "log.jsonl"                            # lines after the checkpoint will be made again
     lines = log.read_text().splitlines()[:first] if log.exists() else []
     write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
-    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns)
     loader = DataLoader(data, cfg.batch, num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
                         collate_fn=collate(vlm, each=cfg.method == "stepprune"))
     start = time.perf_counter()

@@ -269,6 +269,22 @@ def test_the_question_reaches_the_pointer_and_the_gate_holds_it_back():
     assert [sp.text_gate(t, 4) for t in (0, 1, 4, 9)] == [0, .25, 1, 1]
 
 
+def test_align_puts_a_word_where_the_projector_would_have_made_it_from():
+    net, g = model(), torch.Generator().manual_seed(3)
+    v = torch.randn(500, 16, generator=g, dtype=torch.float64) * 3 + 1
+    linear = torch.linalg.qr(torch.randn(16, 16, generator=g, dtype=torch.float64))[0][:8]
+    net.encoder.text_norm = torch.nn.Identity()
+    net.align(v, v @ linear.mT)
+    x = (v - v.mean(0)) / v.std(0, correction=0)
+    kept = linear.mT @ linear                          # what 8 of 16 dimensions can tell about a token
+    error = (net.encoder.text(v @ linear.mT) - x).square().mean().item()
+    lost = (x - (x - x.mean(0)) @ kept).square().mean().item()
+    assert error < 1.1 * lost and error < .7
+    for layer in net.encoder.blocks:
+        query, key, _ = layer.self_attn.in_proj_weight.chunk(3)
+        assert torch.equal(query, key)
+
+
 def test_causal_blocks_what_comes_later():
     (v, valid, text, text_valid), changed = inputs(1), inputs(1, seed=5)
     for causal in (False, True):

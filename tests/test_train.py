@@ -76,6 +76,25 @@ def test_the_loss_goes_down_and_the_vlm_stays_as_it_was(tmp_path):
     assert same(before, load_file(f"{MODEL}/model.safetensors"))
 
 
+def test_stepprune_resumes_exactly_and_every_question_is_a_row(tmp_path, monkeypatch, vlm):
+    changes = dict(method="stepprune", max_steps=12, steps=3, length_steps=2, text_steps=2)
+    whole = train.train(config(tmp_path / "whole", **changes))
+    revive = kill_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(tmp_path / "killed", **changes))
+    revive()
+    killed = train.train(config(tmp_path / "killed", **changes))
+    assert same(weights(whole), weights(killed)) and without_time(whole) == without_time(killed)
+    assert {"nll", "K", "K_sd", "K_soft", "grad_norm"} <= without_time(whole)[0].keys()
+    items = [scenes.Dialogues(0, 2, 0, 3)[i] for i in range(2)]
+    batch = train.collate(vlm, each=True)(items)
+    assert batch.owner == [0] * 3 + [1] * 3 and batch.rows["input_ids"].shape[0] == 6
+    text, valid = vlm.question(batch.rows)
+    for row, question in enumerate(q for _, turns in items for q, _ in turns[1:]):
+        ids = vlm.tokenizer(question, add_special_tokens=False)["input_ids"]
+        assert valid[row].sum() == len(ids) and torch.equal(text[row][:len(ids)], vlm.lm.embed_tokens.weight[ids])
+
+
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
@@ -199,6 +218,31 @@ def test_evaluate_writes_table_and_pictures_and_answers_about_a_photo(tmp_path, 
     (tmp_path / "photo.png").write_text("no picture")
     with pytest.raises(ValueError, match="cannot read --image"):
         evaluate.main([*asked, "--question", "how many shapes are there ?"])
+
+
+def test_an_adaptive_selector_is_calibrated_and_its_spread_reported(tmp_path, capsys):
+    run = train.train(config(tmp_path / "run", method="stepprune", max_steps=12, steps=2))
+    asked = ["--run", str(run), "--budgets", "8", "4", "--device", "cpu"]
+    lines = evaluate.main([*asked, "--n", "60", "--exact", "True", "--methods", "random"])
+    kept = {(line["method"], line["K"]): line["kept"] for line in lines}
+    assert kept[f"{run} exactly", 8] == 8 and kept[f"{run} exactly", 4] == 4 == kept["random", 4]
+    assert 2 < kept[str(run), 4] < kept[str(run), 8] < 16            # calibrated on other scenes
+    assert "correlation with number of things" in (run / "adaptive.md").read_text()
+    assert all(Image.open(run / name).size[0] > 300 for name in ("curve.png", "kept.png", "adaptive.png"))
+    scenes.load(1)[0].image.save(tmp_path / "photo.png")
+    evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
+    assert "for a mean of 8" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="a mean of 48 tokens: expected 1 to 24"):
+        evaluate.main([*asked[:2], "--budgets", "48", "--device", "cpu"])
+
+
+def test_the_spread_of_an_adaptive_selector_by_hand():
+    found = evaluate.adaptive(hits(("exist", 1, 1., 1, 1), ("exist", 0, 1., 2, 2), ("count", 1, 1., 63, 7)))
+    assert found["mean"] == 22 and found["families"] == {"exist": 1.5, "count": 63}
+    assert found["deciles"][0] == 1 and found["deciles"][5] == 2 and found["deciles"][-1] == 63
+    assert [(b["from"], b["to"], b["n"], b["accuracy"]) for b in found["buckets"]] == [
+        (1, 1, 1, 1), (2, 3, 1, 0), (4, 7, 0, None), (8, 15, 0, None), (16, 31, 0, None), (32, 63, 1, 1)]
+    assert found["things"] == pytest.approx(226 / (2522 * 62 / 3) ** .5)
 
 
 # --------------------------------------------------------------------------------- the shipped checkpoint
