@@ -282,37 +282,67 @@ def table(lines: list[dict]) -> str:
 
 @torch.no_grad()
 def measure_speed(device: str, layers: int = 4, text: int = 60, repeats: int = 5) -> list[dict]:
-    """Prefill at 576, 192, 128 and 64 visual tokens and `text` text tokens, and AutoSelect's selection of them, on a
-    language model of LLaVA-1.5-7B's width but `layers` layers, with random weights: only the ratios mean something.
+    """Prefill at 576, 192, 128 and 64 visual tokens and `text` text tokens, on a language model of LLaVA-1.5-7B's width
+    but `layers` layers, with random weights, and the selection of as many tokens: only the ratios mean something.
 
-    Times are medians of `repeats`; FLOPs are counted (2 per multiply-add, attention in full).
+    Times are means of `repeats`; FLOPs are counted (2 per multiply-add, attention in full).
     """
     clock, lm = Clock(device), random_language_model(layers).to(device)
-    scorer = autoselect.AutoSelect(autoselect.Config()).to(device, torch.bfloat16).eval()
+    auto = autoselect.AutoSelect(autoselect.Config()).to(device, torch.bfloat16).eval()
+    step = stepprune.StepPrune(stepprune.Config()).to(device, torch.bfloat16).eval()
     v, lines = torch.randn(1, 576, 1024, device=device, dtype=torch.bfloat16), []
+    question = torch.randn(1, text, 4096, device=device, dtype=torch.bfloat16)
+    here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (v, question))
     for k in tqdm([576, 192, 128, 64], "speed"):
         x = torch.randn(1, k + text, 4096, device=device, dtype=torch.bfloat16)
         with FlopCounterMode(display=False) as flops:
             lm(inputs_embeds=x)
         for _ in range(repeats):
-            with clock(f"prefill {k}"):
+            with clock(f"prefill {k}", 1):
                 lm(inputs_embeds=x)
-            with clock(f"select {k}"):
-                scorer.select(v, keep=k)
-        prefill, select = (float(np.median(clock.seconds[f"{stage} {k}"])) for stage in ("prefill", "select"))
-        lines.append({"K": k, "prefill_ms": 1e3 * prefill, "select_ms": 1e3 * select, "flops": flops.get_total_flops()})
+            if k < 576:
+                with clock(f"autoselect {k}", 1):
+                    auto.select(v, keep=k)
+                with clock(f"stepprune {k}", 1):
+                    step.select(v, here, question, asked, least=k, most=k)
+        lines.append({"K": k, "flops": flops.get_total_flops(), "prefill_ms": clock.ms(f"prefill {k}"), **{
+            f"{name}_ms": clock.ms(f"{name} {k}") if k < 576 else 0. for name in ("autoselect", "stepprune")}})
     return lines
 
 
 def speed_table(lines: list[dict], layers: int) -> str:
-    """Ratios to the unpruned prompt of the same run; selection's share is scaled to the real model's 32 layers."""
-    out = ["| K | prefill ms | speed-up | FLOPs ratio | selection ms | selection / unpruned prefill of 32 layers |",
-           "|" + "---|" * 6]
+    """Ratios to the unpruned prompt of the same run; the saved prefill is scaled to the real model's 32 layers."""
+    out = ["| K | prefill ms | speed-up | FLOPs ratio | AutoSelect ms | of the prefill saved by 32 layers | "
+           "StepPrune ms | of the prefill saved by 32 layers |", "|" + "---|" * 8]
+    full = lines[0]
     for line in lines:
-        full = lines[0]
+        saved = (full["prefill_ms"] - line["prefill_ms"]) * 32 / layers
+        shares = (f"{line[f'{name}_ms']:.1f} | {100 * line[f'{name}_ms'] / saved:.1f} %" if saved else "- | -"
+                  for name in ("autoselect", "stepprune"))
         out.append(f"| {line['K']} | {line['prefill_ms']:.0f} | {full['prefill_ms'] / line['prefill_ms']:.2f}x | "
-                   f"{full['flops'] / line['flops']:.2f}x | {line['select_ms']:.1f} | "
-                   f"{100 * line['select_ms'] / (full['prefill_ms'] * 32 / layers):.1f} % |")
+                   f"{full['flops'] / line['flops']:.2f}x | {' | '.join(shares)} |")
+    return "\n".join(out)
+
+
+@torch.no_grad()
+def measure_pointer(device: str, tokens=(576, 2880), batches=(1, 8), budgets=(16, 32, 48, 64), width: int = 1024,
+                    repeats: int = 3) -> str:
+    """StepPrune's time per image, as Markdown: the memory, made once, and the loop for K picks from it."""
+    net, clock = stepprune.StepPrune(stepprune.Config(width=width)).to(device, torch.bfloat16).eval(), Clock(device)
+    head = ["N", "batch", "memory ms", *(f"loop ms, K = {k}" for k in budgets), "ms per pick at the last K"]
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for n, b in tqdm([(n, b) for n in tokens for b in batches], "pointer"):
+        v, text = (torch.randn(b, *shape, device=device, dtype=torch.bfloat16) for shape in ((n, width), (20, 4096)))
+        here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (v, text))
+        for _ in range(repeats):
+            with clock(f"memory {n} {b}", b):
+                memory = net.memory(v, here, text, asked)
+            for k in budgets:
+                with clock(f"loop {n} {b} {k}", b):
+                    net.rollout(memory, here, least=k, most=k)
+        loops = [clock.ms(f"loop {n} {b} {k}") for k in budgets]
+        out.append("| " + " | ".join([str(n), str(b), f"{clock.ms(f'memory {n} {b}'):.1f}",
+                                      *(f"{x:.1f}" for x in loops), f"{loops[-1] / budgets[-1]:.2f}"]) + " |")
     return "\n".join(out)
 
 
@@ -401,6 +431,23 @@ def draw_adaptive(found: dict, path: Path) -> None:
         line = axis.twinx()
         line.plot(np.add(left, right) / 2, [100 * b["accuracy"] for b in filled], "o-", color="firebrick")
         line.set(ylim=(0, 105), ylabel="accuracy (%)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_training(runs: list[str], path: Path) -> None:
+    """Loss, gradient norm and, where the selector decides, kept tokens at every step of the runs; means of 10 steps."""
+    import matplotlib.pyplot as plt
+    logs = {run: [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()] for run in runs}
+    keys = [key for key in ("loss", "nll", "K", "grad_norm") if all(key in log[0] for log in logs.values())]
+    figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.8), layout="constrained", squeeze=False)
+    for axis, key in zip(axes[0], keys):
+        for run, log in logs.items():
+            values = np.array([line[key] for line in log])
+            smooth = np.convolve(values, np.ones(10) / 10, "valid") if len(values) > 20 else values
+            axis.plot(np.arange(len(smooth)), smooth, lw=1, label=Path(run).name)
+        axis.set(xlabel="step", title=key, yscale="linear" if key == "K" else "log")
+    axes[0, 0].legend(fontsize=6)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -559,19 +606,22 @@ def main(args=None) -> list[dict]:
             first = next(iter(found))[0]
             draw_adaptive({key: x for key, x in found.items() if key[0] == first}, out / "adaptive.png")
         if trained:
+            logged = [run for run in trained if (Path(run) / "log.jsonl").exists()]     # a shared selector has no log
+            if logged:
+                draw_training(logged, out / "training.png")
             draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
     return lines
 
 
 def speed(cfg: EvalConfig) -> list[dict]:
-    """--speed: the table of measure_speed, printed and saved."""
-    lines = measure_speed(cfg.device)
-    text = speed_table(lines, 4)
-    print(f"\n{text}\n\nrandom weights, 4 layers, {cfg.device}, {torch.get_num_threads()} threads")
-    out = Path(cfg.out or "runs")
+    """--speed: the tables of measure_speed and measure_pointer, printed and saved."""
+    lines, out = measure_speed(cfg.device), Path(cfg.out or "runs")
+    for name, text in (("speed", speed_table(lines, 4)), ("pointer", measure_pointer(cfg.device))):
+        print(f"\n{text}\n")
+        write_whole(out / f"{name}.md", lambda p, text=text: p.write_text(text + "\n"))
+    print(f"random weights, 4 layers of language model, {cfg.device}, {torch.get_num_threads()} threads")
     write_whole(out / "speed.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
-    write_whole(out / "speed.md", lambda p: p.write_text(text + "\n"))
     return lines
 
 

@@ -10,6 +10,8 @@ from tiny_models import MODELS, llava
 from transformers import AutoModelForImageTextToText
 
 from common import IGNORE, FrozenVLM, Units
+from stepprune import Config as StepConfig
+from stepprune import StepPrune
 
 TOLERANCE = dict(rtol=0, atol=1e-10)
 SIZES = [(24, 40), (32, 24), (24, 24)]                 # height, width; three different grids for Qwen
@@ -65,7 +67,7 @@ def answered(vlm, images):
 
 
 def stock_inputs(batch):
-    return {name: value for name, value in batch.items() if name != "labels"}
+    return {name: value for name, value in batch.items() if name not in ("labels", "question_ids", "question_mask")}
 
 
 def stock_positions(stock, batch):
@@ -182,6 +184,37 @@ def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered):
     torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
+
+
+def test_what_stepprune_keeps_is_pruned_exactly(vlm, stock, answered):
+    torch.manual_seed(0)
+    policy = StepPrune(StepConfig(width=vlm.width, text_width=vlm.dim, max_steps=9, heads=2)).double()
+    units = vlm.encode(answered)
+    v, valid = units.pad()
+    keep = policy.select(v, valid, *vlm.question(answered), stop_bias=.1)
+    prompt = vlm.prune(answered, units, keep)
+    visible, real = visible_tokens(vlm, answered, keep), prompt.mask.bool()
+    expected = hidden_logits(stock, full_embeds(stock, answered), stock_positions(stock, answered), visible)
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
+    policy.train()
+    gated, _, _, count = policy(v, valid, *vlm.question(answered), .5)
+    (vlm.loss(vlm.embed(answered, units, units.flat(gated))) + count.sum()).backward()
+    assert policy.stop.grad.abs().sum() > 0 and policy.encoder.text.weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in vlm.parameters())
+
+
+def test_a_selector_reads_the_questions_and_nothing_else(vlm, answered, asked):
+    for batch in (answered, asked):
+        embeds, valid = vlm.question(batch)
+        assert (valid.long().diff(dim=1) <= 0).all()   # right padded
+        for row, ids in enumerate(batch["question_ids"]):
+            text = vlm.tokenizer.decode(ids[valid[row]])
+            assert vlm.image_token not in text and text.strip()
+            assert torch.equal(embeds[row], vlm.lm.get_input_embeddings().weight[ids])
+    one = vlm.batch([Image.new("RGB", (32, 32))], [[("what shape ?", "circle"), ("how many ?", None)]])
+    both = vlm.tokenizer("what shape ? how many ?", add_special_tokens=False)["input_ids"]
+    assert one["question_ids"][0].tolist() == both
 
 
 def test_reindexed_positions_would_be_noticed(vlm, answered):

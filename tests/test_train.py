@@ -228,12 +228,21 @@ def test_an_adaptive_selector_is_calibrated_and_its_spread_reported(tmp_path, ca
     assert kept[f"{run} exactly", 8] == 8 and kept[f"{run} exactly", 4] == 4 == kept["random", 4]
     assert 2 < kept[str(run), 4] < kept[str(run), 8] < 16            # calibrated on other scenes
     assert "correlation with number of things" in (run / "adaptive.md").read_text()
-    assert all(Image.open(run / name).size[0] > 300 for name in ("curve.png", "kept.png", "adaptive.png"))
+    assert all(Image.open(run / name).size[0] > 300 for name in ("curve.png", "kept.png", "adaptive.png", "training.png"))
     scenes.load(1)[0].image.save(tmp_path / "photo.png")
     evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
     assert "for a mean of 8" in capsys.readouterr().out
     with pytest.raises(ValueError, match="a mean of 48 tokens: expected 1 to 24"):
         evaluate.main([*asked[:2], "--budgets", "48", "--device", "cpu"])
+
+
+def test_speed_tables():
+    lines = [{"K": 576, "prefill_ms": 100., "flops": 10, "autoselect_ms": 0., "stepprune_ms": 0.},
+             {"K": 64, "prefill_ms": 20., "flops": 2, "autoselect_ms": 32., "stepprune_ms": 64.}]
+    assert evaluate.speed_table(lines, 4).splitlines()[-1] == (
+        "| 64 | 20 | 5.00x | 5.00x | 32.0 | 5.0 % | 64.0 | 10.0 % |")            # 80 ms saved by 4 layers, 640 by 32
+    text = evaluate.measure_pointer("cpu", (20, 30), (1, 2), (2, 4), width=32, repeats=1).splitlines()
+    assert len(text) == 2 + 4 and text[2].startswith("| 20 | 1 | ")
 
 
 def test_the_spread_of_an_adaptive_selector_by_hand():
