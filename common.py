@@ -242,6 +242,11 @@ class FrozenVLM(nn.Module):
         return self.model.dtype
 
     @property
+    def family(self) -> str:
+        """Its key in ADAPTERS."""
+        return self.model.config.model_type
+
+    @property
     def width(self) -> int:
         """C, width of a patch after the vision encoder."""
         return self.adapter.width

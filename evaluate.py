@@ -34,7 +34,6 @@ PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.
                             "global_denoiser": (95.9, 95.0, 92.7)},
              "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
-SIZES = {"llava": ((144, 144),), "qwen2_5_vl": ((144, 144), (192, 108), (108, 192), (96, 216))}
 
 
 @dataclass
@@ -196,7 +195,7 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
 @torch.no_grad()
 def calibrate(vlm, selector, budgets, most: int, n: int = 600, batch: int = 32) -> dict[int, float]:
     """Stop bias per wished mean K, from questions of the calibration scenes: one long episode each serves them all."""
-    rows = scenes.load(n, "calibration", SIZES[vlm.model.config.model_type])
+    rows = scenes.load(n, "calibration", scenes.SIZES[vlm.family])
     margins = []
     for start in tqdm(range(0, len(rows), batch), "calibrate"):
         asked, _ = ask(vlm, rows[start:start + batch])
@@ -583,7 +582,7 @@ def main(args=None) -> list[dict]:
         return answer_one(cfg, vlm, trained[runs[0]][0], out)
     biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
-    rows = scenes.load(cfg.n, cfg.split, SIZES[vlm.model.config.model_type])
+    rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
     lines = summarise(results, clock)
     for label, names in groups.items():

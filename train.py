@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 
 import autoselect
 import stepprune
-from benchmarks.scenes import Dialogues
+from benchmarks.scenes import SIZES, Dialogues
 from common import FrozenVLM
 
 METHODS = {                                            # what each method trains with unless told otherwise
@@ -217,7 +217,8 @@ def train(cfg: TrainConfig) -> Path:
         selector.load_state_dict(state["selector"])
         optim.load_state_dict(state["optim"])
         print(f"resumed at step {first}")
-    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns)
+    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns,
+                     SIZES[vlm.family][:3])
     if not first and cfg.method == "stepprune" and cfg.align:
         units = vlm.encode(vlm.batch(*map(list, zip(*(data[i] for i in range(min(64, len(data))))))))
         with torch.no_grad():
