@@ -412,8 +412,8 @@ def draw_kept(images, grids, scores, keeps, titles, path: Path, orders=None) -> 
             axis.axis("off")
         for number, i in enumerate(orders[b].tolist() if orders else (), 1):
             x, y = (i % columns + .5) * image.width / columns, (i // columns + .5) * image.height / rows
-            axes[2, b].text(x, y, number, fontsize=4.5, ha="center", va="center", color="white",
-                            bbox=dict(facecolor="black", alpha=.5, lw=0, pad=.4))
+            axes[2, b].text(x, y, number, fontsize=5.5, ha="center", va="center", color="white",
+                            bbox=dict(facecolor="black", alpha=.75, lw=0, pad=.6))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -444,7 +444,7 @@ def draw_training(runs: list[str], path: Path) -> None:
         for run, log in logs.items():
             values = np.array([line[key] for line in log])
             smooth = np.convolve(values, np.ones(10) / 10, "valid") if len(values) > 20 else values
-            axis.plot(np.arange(len(smooth)), smooth, lw=1, label=Path(run).name)
+            axis.plot(np.arange(len(values) - len(smooth), len(values)), smooth, lw=1, label=Path(run).name)
         axis.set(xlabel="step", title=key, yscale="linear" if key == "K" else "log")
     axes[0, 0].legend(fontsize=6)
     figure.savefig(path, dpi=130)
@@ -493,7 +493,7 @@ def answer_one(cfg: EvalConfig, vlm, selector, out: Path) -> None:
     units = vlm.encode(batch)
     biases = bias_of(cfg, vlm, selector)
     print(f"all {sum(units.counts)} tokens: {vlm.generate(vlm.embed(batch, units))[0]}")
-    shown = [look(selector, units, vlm.question(batch), k, biases) for k in cfg.budgets]
+    shown = [look(selector, units, vlm.question(batch), k, biases, cfg.max_keep) for k in cfg.budgets]
     for k, (_, keep, _) in zip(cfg.budgets, shown):
         mean = f", for a mean of {k}" if biases else ""
         print(f"{len(keep[0])} tokens{mean}: {vlm.generate(vlm.prune(batch, units, keep))[0]}")
@@ -513,12 +513,12 @@ def bias_of(cfg: EvalConfig, vlm, selector) -> dict | None:
 
 
 @torch.no_grad()
-def look(selector, units, question, k: int, biases: dict | None):
+def look(selector, units, question, k: int, biases: dict | None, most: int | None = None):
     """What to draw: scores (B, N), keep, the order of the picks or None. A pick's score is its turn, from the end."""
     v, valid = units.pad()
     if biases is None:
         return selector.scores(v, valid), selector.select(v, valid, k), None
-    orders = selector.picks(v, valid, *question, stop_bias=biases[k], most=2 * selector.cfg.max_steps)
+    orders = selector.picks(v, valid, *question, stop_bias=biases[k], most=most or 2 * selector.cfg.max_steps)
     scores = torch.zeros(valid.shape, device=v.device)
     for row, order in zip(scores, orders):
         row[order] = torch.arange(len(order), 0, -1, device=v.device).to(row) / len(order)
@@ -608,7 +608,7 @@ def main(args=None) -> list[dict]:
             logged = [run for run in trained if (Path(run) / "log.jsonl").exists()]     # a shared selector has no log
             if logged:
                 draw_training(logged, out / "training.png")
-            draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], out)
+            draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], cfg.max_keep, out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
     return lines
 
@@ -625,12 +625,12 @@ def speed(cfg: EvalConfig) -> list[dict]:
 
 
 @torch.no_grad()
-def draw_run(vlm, selector, rows, k: int, biases: dict | None, out: Path) -> None:
+def draw_run(vlm, selector, rows, k: int, biases: dict | None, most: int | None, out: Path) -> None:
     """Heat maps with kept patches of six scenes, and Figure 4's matrix over the square ones."""
     rows = [replace(row, questions=row.questions[b % len(row.questions):][:1]) for b, row in enumerate(rows)
             if row.image.size == rows[0].image.size]
     asked, _ = ask(vlm, rows)
-    scores, keeps, orders = look(selector, asked.units, asked.question, k, biases)
+    scores, keeps, orders = look(selector, asked.units, asked.question, k, biases, most)
     titles = [r.questions[0].question if biases else f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]]
     draw_kept([r.image for r in rows[:6]], asked.units.grid[:6], scores[:6], keeps[:6], titles, out / "kept.png",
               orders[:6] if biases else None)

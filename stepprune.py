@@ -9,7 +9,7 @@
     (6)  pi_t = softmax(logits_t / tau_p + m_t), the logits of the last cross-attention    pointer
     (7)  a_t = argmax pi_t                                                             StepPrune.rollout
     (8)  m_t+1 = m_t, -inf at a_t; stop is never masked                                close
-         e_t = M[a_t] forwards, sum_j pi_t(j) M_j backwards                            straight_through
+         e_t = M[a_t], with the gradient of sum_j pi_t(j) M_j added                    straight_through
     (9)  log pi(S) = sum_t log pi_t(a_t)                                               log_probability
     (10) alive_t = prod_r<t (1 - pi_r(stop))                                           alive
     (11) s_i = sum_t gamma^(t-1) alive_t pi_t(i)                                       aggregate
@@ -24,9 +24,13 @@ Ours    - The last decoder layer ends at its pointer logits: its read-out and fe
         - The text has LayerNorm before W_text and learned positions after it; memory has LayerNorm.
         - W_text starts as the inverse of the frozen projector (align): from random weights the policy learned to
           point in 300 steps, yet to the same tokens whatever the question was.
-        - hops: through a chain of 48 straight-through picks the gradient grows without bound. The picks are made
-          without a graph; then all steps are computed again at once, hops + 1 times, so that a gradient passes at
-          most `hops` picks. hops=-1 keeps the graph of the loop itself, the paper's plain rule.
+        - hops: through a chain of straight-through picks the gradient can grow exponentially, once the pointer's
+          logits are large. The picks are made without a graph; then all steps are computed again at once, hops + 1
+          times, so that a gradient passes at most `hops` picks. hops=-1 keeps the graph of the loop itself, the
+          paper's plain rule.
+        - Stop is shut at the first step, in training too: one token is always kept. stop_bias is ours.
+        - The decoder has no step positions: order enters by causality and by which pick is the newest.
+        - Aggregation "last" is read literally: at the last step all picks are masked and score 0.
         - Steps after a row has stopped count for nothing, or its neighbours in the batch would change its loss.
         - budget="expected": K of Eq. 12 is each row's own expected count, so the answer's loss tells it when to stop.
         - The causal ablation masks [v ; text] in this order: no image token sees the question.
@@ -214,7 +218,8 @@ def close(m: Tensor, pick: Tensor) -> Tensor:
 def straight_through(pi: Tensor, memory: Tensor, pick: Tensor) -> Tensor:
     """e_t (B, T, C) = M[a_t] + soft - stopgrad(soft), soft = sum_j pi_t(j) M_j.                         Eq. (8)
 
-    Its value is the hard pick, exactly; its gradient reaches pi_t as if all slots had been blended.
+    Its value is the hard pick, exactly; its gradient reaches pi_t as if all slots had been blended. M receives both:
+    the pick's own and the blend's.
     """
     soft = pi @ memory
     return memory[torch.arange(len(pick), device=pick.device)[:, None], pick] + (soft - soft.detach())
@@ -245,8 +250,7 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
 
 
 def expected_count(pi: Tensor, on: Tensor) -> Tensor:
-    """(B,) sum_t alive_t (1 - pi_t(stop)), the tokens that the policy expects to pick: |S| of Eq. (15) with a gradient
-    through alive."""
+    """(B,) sum_t alive_t (1 - pi_t(stop)) along the greedy picks: |S| of Eq. (15) with a gradient through alive."""
     return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
 
 
@@ -280,10 +284,10 @@ class StepPrune(NoiseGate):
         self.register_buffer("k_bar", torch.zeros(()))                        # 0: no batch seen yet
 
     def align(self, v: Tensor, projected: Tensor) -> None:
-        """Before the first step: statistics, and Encoder.align, from tokens v (M, C) or (M, P, C) and the (M, D) that
-        the frozen projector makes of them."""
-        self.update_statistics(v)
-        x = standardise(v, self.mean, self.std)
+        """Before the first step: Encoder.align from tokens v (M, C) or (M, P, C), standardised by their own mean and
+        std, and the (M, D) that the frozen projector makes of them."""
+        x = v.reshape(-1, v.shape[-1]).float()
+        x = standardise(v.float(), x.mean(0), x.std(0))
         self.encoder.align(x.mean(1) if x.dim() == 3 else x, projected)
 
     def memory(self, v, valid, text, text_valid, g_text: float = 1.0) -> Tensor:

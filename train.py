@@ -133,7 +133,7 @@ def load_run(run: str | Path, vlm: FrozenVLM):
     run = Path(run)
     if not (run / "selector.safetensors").exists():
         raise FileNotFoundError(f"{run} holds no finished run (selector.safetensors is missing): train it first, "
-                                f"python train.py --method autoselect --run {run}")
+                                f"python train.py --run {run}, with the options it shall have")
     saved = json.loads((run / "config.json").read_text())
     ours, theirs = vlm.fingerprint(), saved.pop("fingerprint")
     differ = [f"{k}: {theirs.get(k)!r} trained, {ours.get(k)!r} here" for k in ours if theirs.get(k) != ours[k]]
