@@ -257,8 +257,10 @@ def test_the_spread_of_an_adaptive_selector_by_hand():
 
 # --------------------------------------------------------------------------------- the shipped checkpoint
 
-def test_the_shipped_checkpoint_knows_its_world_and_pruning_hurts(vlm):
-    rows = scenes.load(420)
+@pytest.mark.parametrize("model", ["tiny/llava", "tiny/qwen2_5_vl"])
+def test_the_shipped_checkpoints_know_their_world_and_pruning_hurts(model):
+    vlm = FrozenVLM.from_pretrained(model)             # in bfloat16, as everything is measured
+    rows = scenes.load(420, sizes=scenes.SIZES[vlm.family])
     both = {"random": evaluate.per_picture(random.select), "evidence": ORACLE}
     full, floor, best = evaluate.summarise(*evaluate.measure(vlm, both, rows, [16]))
     for family, bar in dict(exist=.9, colour=.9, shape=.9, where=.88, relation=.8, count=.8, text=.7).items():
