@@ -14,25 +14,43 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-# What results/ holds, made again: AutoSelect and its ablations with three seeds, the model card, speed.
+# What results/ holds, made again: every method and its ablations with three seeds, the model cards, speed.
 SEEDS := 0 1 2
-VARIANTS := scale_gate global_denoiser random_scorer
-scale_gate := --gate scale
-global_denoiser := --denoiser global
-random_scorer := --scorer random
-.PHONY: results ablations
-results: .venv/ready
-	for s in $(SEEDS); do $(BIN)/python train.py --seed $$s --run runs/autoselect_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --out results/autoselect_tiny --run $(SEEDS:%=runs/autoselect_s%)
-	mkdir -p results/autoselect_tiny/selector
-	cp runs/autoselect_s0/config.json runs/autoselect_s0/selector.safetensors results/autoselect_tiny/selector
-	$(BIN)/python evaluate.py --model tiny/llava --methods random evidence --n 2000 --pictures False --out results/tiny_llava
+METHODS := autoselect stepprune
+AUTO_VARIANTS := scale_gate global_denoiser random_scorer
+STEP_VARIANTS := causal last uniform alive batch_mean all_hops no_hops unaligned
+scale_gate := --method autoselect --gate scale
+global_denoiser := --method autoselect --denoiser global
+random_scorer := --method autoselect --scorer random
+causal := --method stepprune --causal True
+last := --method stepprune --aggregation last
+uniform := --method stepprune --aggregation uniform
+alive := --method stepprune --aggregation alive
+batch_mean := --method stepprune --budget batch_mean
+all_hops := --method stepprune --hops -1
+no_hops := --method stepprune --hops 0
+unaligned := --method stepprune --align False
+.PHONY: results cards speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS)
+results: $(METHODS) cards speed ablations pages
+stepprune: BESIDE = $(SEEDS:%=runs/autoselect_s%)
+stepprune: autoselect
+$(METHODS): .venv/ready
+	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
+	$(BIN)/python evaluate.py --n 2000 --exact True --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
+	mkdir -p results/$@_tiny/selector
+	cp runs/$@_s0/config.json runs/$@_s0/selector.safetensors results/$@_tiny/selector
+cards: .venv/ready
+	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence --n 2000 \
+		--pictures False --out results/tiny_$$m; done
+	$(BIN)/python train.py --model tiny/qwen2_5_vl --run runs/autoselect_qwen --evaluate False
+	$(BIN)/python evaluate.py --n 2000 --run runs/autoselect_qwen --out results/autoselect_tiny_qwen
+speed: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
-	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"
-ablations: $(VARIANTS)
-	$(BIN)/python evaluate.py --ablations autoselect
-.PHONY: $(VARIANTS)
-$(VARIANTS): .venv/ready
+$(AUTO_VARIANTS) $(STEP_VARIANTS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
 	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
-		--out results/ablations/autoselect/$@ --run $(SEEDS:%=runs/$@_s%)
+		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
+ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS)
+	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
+pages: .venv/ready
+	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"

@@ -350,8 +350,8 @@ def ablation_table(method: str, results: Path = Path("results")) -> str:
     variants = sorted(p for p in (results / "ablations" / method).iterdir() if p.is_dir())
     files = {"base": results / f"{method}_tiny", **{p.name: p for p in variants}}
     means = {name: {(line["method"].split(",")[0], line["K"]): line
-                    for line in json.loads((path / "evaluation.json").read_text()) if "runs" in line}
-             for name, path in files.items()}
+                    for line in json.loads((path / "evaluation.json").read_text())
+                    if "runs" in line and line["method"].startswith(method)} for name, path in files.items()}
     budgets = sorted({k for _, k in means["base"]}, reverse=True)
     head = ["variant", *(f"K = {k}: retention, - base" for k in budgets), "published: retention, - base"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
@@ -592,13 +592,15 @@ def main(args=None) -> list[dict]:
           f"{model}, {cfg.device}. It shows the mechanism; these are not the papers' numbers.")
     write_whole(out / "evaluation.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
     write_whole(out / "evaluation.md", lambda p: p.write_text(text + "\n"))
+    single = {name for names in groups.values() for name in names}
+    short = table([line for line in lines if line["method"] not in single])
+    write_whole(out / "summary.md", lambda p: p.write_text(short + "\n"))
     found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
     if found:
         text = adaptive_table(found)
         print(f"\n{text}")
         write_whole(out / "adaptive.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
-        single = {name for names in groups.values() for name in names}
         draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
         if found:
