@@ -340,9 +340,14 @@ class StepPrune(NoiseGate):
         return pi
 
     def forward(self, v, valid, text, text_valid, tau: float, g_text: float = 1.0, generator=None):
-        """v (B, N, C) or (B, N, P, C) -> (v~ after the denoiser, a (B, N), Rollout, expected count (B,))."""
+        """v (B, N, C) or (B, N, P, C) -> (v~ after the denoiser, a (B, N), Rollout, expected count (B,)).
+
+        Raises ValueError for an empty or too long question, and for max_steps above N.
+        """
         if self.training:
             self.update_statistics(v, valid)
+        if self.cfg.max_steps > v.shape[1]:
+            raise ValueError(f"max_steps={self.cfg.max_steps}: expected at most the {v.shape[1]} visual tokens")
         memory = self.memory(v, valid, text, text_valid, g_text)
         if self.cfg.hops < 0:
             episode = self.rollout(memory, valid)

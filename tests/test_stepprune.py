@@ -194,7 +194,7 @@ def test_no_token_twice_and_never_a_padded_one():
 
 
 def test_a_row_in_a_batch_is_the_row_alone():
-    net, (v, valid, text, text_valid) = model(budget="expected"), inputs(4)
+    net, (v, valid, text, text_valid) = model(budget="expected", max_steps=7), inputs(4)
     net.eval()
     _, a, episode, expected = net(v, valid, text, text_valid, .2)
     assert len(set(episode.count.tolist())) > 1                      # or the batch would show nothing
@@ -327,6 +327,8 @@ def test_calls_that_cannot_work():
     for bias in (math.nan, math.inf):
         with pytest.raises(ValueError, match=f"stop_bias={bias}"):
             net.picks(v, valid, text, text_valid, stop_bias=bias)
+    with pytest.raises(ValueError, match="max_steps=10: expected at most the 9 visual tokens"):
+        model(max_steps=10)(v, valid, text, text_valid, .5)
     for how in (dict(least=0), dict(least=8), dict(least=3, most=2), dict(most=0)):
         with pytest.raises(ValueError, match="1 <= least <= most"):
             net.picks(v, valid, text, text_valid, **how)
