@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -168,6 +169,20 @@ def test_the_cached_loop_is_the_uncached_one(layers, bias):
         length = int(episode.on[b].sum())
         assert episode.picks[b, :length].tolist() == picks
         assert torch.allclose(episode.pi[b, :length], pi, atol=1e-12)
+
+
+def test_the_uncached_loop_takes_longer_by_a_ratio_that_is_only_reported(capsys):
+    net = sp.StepPrune(replace(SMALL, width=128, text_width=128, heads=4, max_steps=48)).eval()
+    valid, memory, took = torch.ones(1, 576, dtype=torch.bool), torch.randn(1, 577, 128), []
+    with torch.no_grad():
+        for loop in (lambda: net.rollout(memory, valid, -1e4).picks[0].tolist(),
+                     lambda: reference(net, memory[0], valid[0], 48, -1e4)[0]):
+            start = time.perf_counter()
+            picks = loop()
+            took.append(time.perf_counter() - start)
+    assert len(set(picks)) == 48 and picks == net.rollout(memory, valid, -1e4).picks[0].tolist()
+    with capsys.disabled():
+        print(f"\nuncached / cached loop, N = 576, C = 128, 48 picks: {took[1] / took[0]:.1f}x")
 
 
 def test_replay_gives_the_loops_pi_and_with_all_hops_its_gradient():
