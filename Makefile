@@ -51,6 +51,8 @@ $(AUTO_VARIANTS) $(STEP_VARIANTS): .venv/ready
 	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
 		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
 ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS)
+	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
+		--out results/ablations/autoselect/base --run $(SEEDS:%=runs/autoselect_s%)
 	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
 pages: .venv/ready
 	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"

@@ -30,6 +30,9 @@ Ours    - The last decoder layer ends at its pointer logits: its read-out and fe
           paper's plain rule.
         - Stop is shut at the first step, in training too: one token is always kept. stop_bias is ours.
         - The decoder has no step positions: order enters by causality and by which pick is the newest.
+        - length_weight: lambda is high at first, so that only the tokens that a question needs are worth their price
+          and the policy has to read it; then low, so that questions that need many tokens get them. Constant and
+          low, it picked what stands out, whatever the question; constant and high, as few for counts as for colours.
         - Aggregation "last" is read literally: at the last step all picks are masked and score 0.
         - Steps after a row has stopped count for nothing, or its neighbours in the batch would change its loss.
         - budget="expected": K of Eq. 12 is each row's own expected count, so the answer's loss tells it when to stop.
@@ -252,6 +255,14 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
 def expected_count(pi: Tensor, on: Tensor) -> Tensor:
     """(B,) sum_t alive_t (1 - pi_t(stop)) along the greedy picks: |S| of Eq. (15) with a gradient through alive."""
     return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
+
+
+def length_weight(step: int, steps: int, peak: float, end: float) -> float:
+    """lambda of Eq. (15): up to `peak` in the first 15 % of the steps, there until 45 %, by equal factors down to `end`
+    at 90 %. The paper's is constant; `peak` = `end` is all but that."""
+    done = step / max(steps, 1)
+    fall = min(max((done - 0.45) / 0.45, 0.0), 1.0)
+    return min(done / 0.15, 1.0) * peak * (end / peak if peak else 1.0) ** fall
 
 
 def stops(margin: Tensor, bias: float, least: int = 1) -> Tensor:

@@ -25,10 +25,10 @@ from common import FrozenVLM
 
 METHODS = {                                            # what each method trains with unless told otherwise
     "autoselect": dict(steps=450, batch=16, lr=2e-3, tau_start=.1, tau_end=.02),
-    "stepprune": dict(steps=400, batch=8, lr=1e-3, tau_start=1., tau_end=.3)}
+    "stepprune": dict(steps=600, batch=8, lr=1e-3, tau_start=1., tau_end=.2)}
 SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
             "tau_start", "tau_end", "dtype", "turns", "length", "max_steps", "gamma", "hops", "budget", "aggregation",
-            "causal", "text_steps", "length_steps", "align")
+            "causal", "text_steps", "length_end", "align")
 
 
 def option(default, text, **kwargs):
@@ -41,7 +41,7 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 400]")
+    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 600]")
     batch: int | None = option(None, "pictures a step [ours: autoselect 16; stepprune 8, each question a row]")
     turns: int = option(7, "questions a picture; autoselect reads its caption before them [ours]")
     keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
@@ -54,13 +54,14 @@ class TrainConfig:
     tau_start: float | None = option(None, "temperature of the soft top-K at the first step [ours: autoselect 0.1, for "
                                      "from 1 the tiny VLM reads half-drowned tokens and nothing presses the scorer; "
                                      "stepprune 1, for its scores are all but 0 and 1, and z-scored lie 3 apart]")
-    tau_end: float | None = option(None, "... and at the last [ours: 0.02 and 0.3]")
+    tau_end: float | None = option(None, "... and at the last [ours: 0.02 and 0.2]")
     gate: str = option("noise", "noise: Eq. 5 [paper]; scale: Table 5's ablation", choices=["noise", "scale"])
     denoiser: str = option("diagonal", "diagonal [paper]; global: Table 5's ablation; none",
                            choices=["diagonal", "global", "none"])
     scorer: str = option("learned", "learned [paper]; random: Figure 5's ablation", choices=["learned", "random"])
-    length: float = option(1.0, "stepprune: lambda of Eq. 15, weight of the share of tokens picked [ours]")
-    length_steps: int = option(120, "stepprune: steps in which lambda goes from 0 to that [ours; paper: 0]")
+    length: float = option(3.0, "stepprune: lambda of Eq. 15, weight of the share of tokens picked, at its peak; see "
+                                "stepprune.length_weight [ours]")
+    length_end: float = option(0.1, "... and at the end [ours; paper: constant]")
     align: bool = option(True, "stepprune: start W_text as the inverse of the projector [ours]")
     max_steps: int = option(48, "stepprune: T_max, most tokens picked in training [ours]")
     gamma: float = option(0.98, "stepprune: discount of Eq. 11 [ours]")
@@ -191,10 +192,10 @@ def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, di
         g_text = stepprune.text_gate(step, cfg.text_steps)
         gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
         nll, count = vlm.loss(vlm.embed(rows, units, units.flat(gated))), episode.count.float()
-        weight = cfg.length * min(step / max(cfg.length_steps, 1), 1.0)
+        weight = stepprune.length_weight(step, cfg.steps, cfg.length, cfg.length_end)
         loss = nll + weight * (expected / valid.sum(1)).mean()
         shown = {"nll": nll.item(), "K": count.mean().item(), "K_sd": count.std(correction=0).item(),
-                 "K_soft": expected.mean().item()}
+                 "K_soft": expected.mean().item(), "lambda": weight}
     shown |= {"tau": tau, "sharp": (2 * a - 1).abs()[valid].mean().item()}
     return loss, {k: round(x, 4) for k, x in shown.items()}
 

@@ -105,6 +105,14 @@ def test_gradients_of_aggregation_length_and_polarisation():
 
 # --------------------------------------------------------------------------------------------------- the episode
 
+def test_length_weight_rises_rests_and_falls():
+    w = [sp.length_weight(step, 100, 3., .1) for step in range(101)]
+    assert w[0] == 0 and w[5] == pytest.approx(1) and w[15:46] == [3.] * 31
+    assert w[90:] == [pytest.approx(.1)] * 11 and w[67] / w[66] == pytest.approx(w[80] / w[79])
+    assert {sp.length_weight(step, 100, 2., 2.) for step in range(15, 101)} == {2.}
+    assert sp.length_weight(5, 9, 0., 0.) == 0
+
+
 def test_the_policy_is_a_distribution_over_all_trajectories():
     """Eqs. (2), (9): pi of every ordered subset of 4 tokens, product by product; together they make 1."""
     net, (v, valid, text, text_valid) = model(max_steps=5), inputs(1, 4)

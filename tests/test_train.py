@@ -77,7 +77,7 @@ def test_the_loss_goes_down_and_the_vlm_stays_as_it_was(tmp_path):
 
 
 def test_stepprune_resumes_exactly_and_every_question_is_a_row(tmp_path, monkeypatch, vlm):
-    changes = dict(method="stepprune", max_steps=12, steps=3, length_steps=2, text_steps=2)
+    changes = dict(method="stepprune", max_steps=12, steps=3, text_steps=2)
     whole = train.train(config(tmp_path / "whole", **changes))
     revive = kill_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
