@@ -16,6 +16,7 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -48,6 +49,7 @@ class EvalConfig:
         "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]"})
     exact: bool = option(False, "stepprune: also keep exactly K")
     max_keep: int | None = option(None, "stepprune: most tokens it may keep [twice the T_max it was trained with]")
+    calibration: int = option(600, "stepprune: questions, at least, that find the stop bias for a mean of K")
     n: int = option(1000, "questions, at least; the families share them")
     batch: int = option(32, "pictures encoded at a time")
     split: str = option("test", "scenes to ask about", choices=["test", "calibration"])
@@ -193,15 +195,20 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
 
 
 @torch.no_grad()
-def calibrate(vlm, selector, budgets, most: int, n: int = 600, batch: int = 32) -> dict[int, float]:
+def calibrate(vlm, selector, budgets, most: int, n: int, batch: int = 32) -> dict[int, float]:
     """Stop bias per wished mean K, from questions of the calibration scenes: one long episode each serves them all."""
     rows = scenes.load(n, "calibration", scenes.SIZES[vlm.family])
     margins = []
     for start in tqdm(range(0, len(rows), batch), "calibrate"):
         asked, _ = ask(vlm, rows[start:start + batch])
         v, valid = asked.units.pad()
-        margins.append(selector.rollout(selector.memory(v, valid, *asked.question), valid, -1e4, most=most).margin)
-    return {k: stepprune.calibrate(torch.cat(margins), k) for k in budgets}
+        margin = selector.rollout(selector.memory(v, valid, *asked.question), valid, -1e4, most=most).margin
+        margins.append(F.pad(margin, (0, most - margin.shape[1]), value=-torch.inf))     # no token left: stop wins
+    margin = torch.cat(margins)
+    biases = {k: stepprune.calibrate(margin, k) for k in budgets}
+    print(f"unsteered, it keeps {stepprune.stops(margin, 0.).double().mean():.1f} tokens on average; stop bias "
+          + ", ".join(f"{b:.2f} for {k}" for k, b in biases.items()))
+    return biases
 
 
 def summarise(results: dict, clock: Clock) -> list[dict]:
@@ -460,7 +467,7 @@ def draw_cosines(feats: torch.Tensor, s: torch.Tensor, path: Path, most: int = 1
     order = s.argsort(1, descending=True)
     index = torch.cat([order[:, :most], order[:, -most:]], 1)
     x = (feats - feats.mean((0, 1))).float()           # what all tokens share says nothing about any
-    x = torch.nn.functional.normalize(x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), dim=-1)
+    x = F.normalize(x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), dim=-1)
     cosine = (x @ x.mT).mean(0).cpu()
     figure, axis = plt.subplots(figsize=(4.4, 3.6), layout="constrained")
     picture = axis.imshow(cosine, cmap="coolwarm", vmin=-1, vmax=1)
@@ -507,9 +514,7 @@ def bias_of(cfg: EvalConfig, vlm, selector) -> dict | None:
     """Stop bias per budget of a selector that decides for itself; None for one that does not."""
     if not isinstance(selector, stepprune.StepPrune):
         return None
-    biases = calibrate(vlm, selector, cfg.budgets, cfg.max_keep or 2 * selector.cfg.max_steps)
-    print("stop bias " + ", ".join(f"{b:.3f} for a mean of {k}" for k, b in biases.items()))
-    return biases
+    return calibrate(vlm, selector, cfg.budgets, cfg.max_keep or 2 * selector.cfg.max_steps, cfg.calibration)
 
 
 @torch.no_grad()

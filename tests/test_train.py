@@ -222,7 +222,7 @@ def test_evaluate_writes_table_and_pictures_and_answers_about_a_photo(tmp_path, 
 
 def test_an_adaptive_selector_is_calibrated_and_its_spread_reported(tmp_path, capsys):
     run = train.train(config(tmp_path / "run", method="stepprune", max_steps=12, steps=2))
-    asked = ["--run", str(run), "--budgets", "8", "4", "--device", "cpu"]
+    asked = ["--run", str(run), "--budgets", "8", "4", "--device", "cpu", "--calibration", "150"]
     lines = evaluate.main([*asked, "--n", "60", "--exact", "True", "--methods", "random"])
     kept = {(line["method"], line["K"]): line["kept"] for line in lines}
     assert kept[f"{run} exactly", 8] == 8 and kept[f"{run} exactly", 4] == 4 == kept["random", 4]
@@ -234,7 +234,7 @@ def test_an_adaptive_selector_is_calibrated_and_its_spread_reported(tmp_path, ca
     evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
     assert "for a mean of 8" in capsys.readouterr().out
     with pytest.raises(ValueError, match="a mean of 48 tokens: expected 1 to 24"):
-        evaluate.main([*asked[:2], "--budgets", "48", "--device", "cpu"])
+        evaluate.main([*asked[:2], "--budgets", "48", "--device", "cpu", "--calibration", "20"])
 
 
 def test_speed_tables():
