@@ -30,6 +30,8 @@ Ours    - The last decoder layer ends at its pointer logits: its read-out and fe
           paper's plain rule.
         - Stop is shut at the first step, in training too: one token is always kept. stop_bias is ours.
         - The decoder has no step positions: order enters by causality and by which pick is the newest.
+        - stop="encoded": h_stop goes through the encoder beside the tokens, so that "how many" can hold it back; a
+          constant h_stop knows of the question only what the picks tell.
         - length_weight: lambda is high at first, so that only the tokens that a question needs are worth their price
           and the policy has to read it; then low, so that questions that need many tokens get them. Constant and
           low, it picked what stands out, whatever the question; constant and high, as few for counts as for colours.
@@ -65,12 +67,14 @@ class Config:
     causal: bool = False          # the encoder's ablation (Table 4)                        [paper]
     budget: str = "batch_mean"    # K of Eq. 12: "batch_mean" | "expected"                  [paper; "expected" ours]
     momentum: float = 0.9         # of the running mean K_bar                               [ours]
+    stop: str = "encoded"         # "learned": h_stop as it is | "encoded" with v and text [paper; "encoded" ours]
     hops: int = 1                 # fed-back picks that a gradient passes; -1 for all       [ours; paper: all]
     gate: str = "noise"           # Eq. 13                                                  [paper]
     denoiser: str = "diagonal"    # Eq. 14                                                  [paper]
 
     def __post_init__(self):
-        for name, known in (("aggregation", AGGREGATIONS), ("budget", ("batch_mean", "expected")),
+        for name, known in (("aggregation", AGGREGATIONS), ("stop", ("learned", "encoded")),
+                            ("budget", ("batch_mean", "expected")),
                             ("gate", ("noise", "scale")), ("denoiser", ("diagonal", "global", "none"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
@@ -308,8 +312,11 @@ class StepPrune(NoiseGate):
         if not text_valid.any(1).all():
             raise ValueError(f"row {int(text_valid.any(1).int().argmin())} has an empty question: expected some text")
         x = standardise(v, self.mean, self.std)
-        hidden = self.encoder(x.mean(2) if x.dim() == 4 else x, valid, text.to(x.dtype), text_valid, g_text)
-        return torch.cat([hidden, self.stop.expand(len(hidden), 1, -1)], 1)
+        x, stop = x.mean(2) if x.dim() == 4 else x, self.stop.expand(len(x), 1, -1)
+        if self.cfg.stop == "encoded":
+            x, valid = torch.cat([x, stop], 1), F.pad(valid, (0, 1), value=True)
+        hidden = self.encoder(x, valid, text.to(x.dtype), text_valid, g_text)
+        return hidden if self.cfg.stop == "encoded" else torch.cat([hidden, stop], 1)
 
     def rollout(self, memory: Tensor, valid: Tensor, stop_bias: float = 0.0, least: int = 1,
                 most: int | None = None) -> Rollout:
@@ -359,13 +366,12 @@ class StepPrune(NoiseGate):
             self.update_statistics(v, valid)
         if self.cfg.max_steps > v.shape[1]:
             raise ValueError(f"max_steps={self.cfg.max_steps}: expected at most the {v.shape[1]} visual tokens")
-        memory = self.memory(v, valid, text, text_valid, g_text)
-        if self.cfg.hops < 0:
-            episode = self.rollout(memory, valid)
-        else:
-            with torch.no_grad():
+        memory = self.memory(v, valid, text, text_valid, g_text).to(self.stop.dtype)
+        with torch.autocast(v.device.type, enabled=False):         # an argmax of rounded logits would be another pick
+            with torch.set_grad_enabled(self.cfg.hops < 0 and torch.is_grad_enabled()):
                 episode = self.rollout(memory, valid)
-            episode = replace(episode, pi=self.replay(memory, valid, episode.picks, self.cfg.hops))
+            if self.cfg.hops >= 0:
+                episode = replace(episode, pi=self.replay(memory, valid, episode.picks, self.cfg.hops))
         expected, mean = expected_count(episode.pi, episode.on), episode.count.float().mean()
         if self.training:
             self.k_bar = mean if self.k_bar == 0 else self.k_bar.lerp(mean, 1 - self.cfg.momentum)

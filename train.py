@@ -24,11 +24,12 @@ from benchmarks.scenes import SIZES, Dialogues
 from common import FrozenVLM
 
 METHODS = {                                            # what each method trains with unless told otherwise
-    "autoselect": dict(steps=450, batch=16, lr=2e-3, tau_start=.1, tau_end=.02),
-    "stepprune": dict(steps=600, batch=8, lr=1e-3, tau_start=1., tau_end=.2)}
+    "autoselect": dict(steps=450, batch=16, lr=2e-3, tau_start=.1, tau_end=.02, autocast=False),
+    "stepprune": dict(steps=600, batch=8, lr=1e-3, tau_start=1., tau_end=.2, autocast=True)}
 SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
             "tau_start", "tau_end", "dtype", "turns", "length", "max_steps", "gamma", "hops", "budget", "aggregation",
-            "causal", "text_steps", "length_end", "align")
+            "causal", "text_steps", "length_end", "align",
+            "autocast", "stop")
 
 
 def option(default, text, **kwargs):
@@ -65,6 +66,8 @@ class TrainConfig:
     align: bool = option(True, "stepprune: start W_text as the inverse of the projector [ours]")
     max_steps: int = option(48, "stepprune: T_max, most tokens picked in training [ours]")
     gamma: float = option(0.98, "stepprune: discount of Eq. 11 [ours]")
+    stop: str = option("encoded", "stepprune: h_stop of Eq. 4; learned [paper], encoded with image and question [ours]",
+                       choices=["learned", "encoded"])
     hops: int = option(1, "stepprune: fed-back picks that a gradient passes [ours; paper: all, -1]")
     budget: str = option("expected", "stepprune: K of Eq. 12; batch_mean [paper], expected [ours]",
                          choices=["batch_mean", "expected"])
@@ -73,6 +76,8 @@ class TrainConfig:
     causal: bool = option(False, "stepprune: Table 4's causal encoder")
     text_steps: int = option(50, "stepprune: steps in which g_text of Eq. 3 goes from 0 to 1 [ours]")
     dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
+    autocast: bool | None = option(None, "the selector's matrix products in bfloat16 too; StepPrune's pointer stays in "
+                                         "float32 [ours: stepprune]")
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     workers: int = option(1, "processes that draw scenes and build batches")
     save_every: int = option(100, "steps between checkpoints")
@@ -98,7 +103,7 @@ def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
         return stepprune.StepPrune(stepprune.Config(
             width=vlm.width, text_width=vlm.dim, max_steps=cfg.max_steps, encoder_layers=cfg.layers, heads=cfg.heads,
             gamma=cfg.gamma, aggregation=cfg.aggregation, causal=cfg.causal, budget=cfg.budget, hops=cfg.hops,
-            gate=cfg.gate, denoiser=cfg.denoiser))
+            stop=cfg.stop, gate=cfg.gate, denoiser=cfg.denoiser))
     raise ValueError(f"method={cfg.method!r} is none of {[*METHODS]}")
 
 
@@ -185,12 +190,14 @@ def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, di
     tau = autoselect.temperature(step, cfg.steps, cfg)
     if cfg.method == "autoselect":                     # Eq. (1)
         keep = cfg.keep[step % len(cfg.keep)]
-        gated, a = selector(v, valid, keep, tau, generator)
+        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=cfg.autocast):
+            gated, a = selector(v, valid, keep, tau, generator)
         loss = vlm.loss(vlm.embed(rows, units, units.flat(gated)))
         shown = {"keep": keep}
     else:                                              # Eq. (15)
         g_text = stepprune.text_gate(step, cfg.text_steps)
-        gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
+        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=cfg.autocast):
+            gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
         nll, count = vlm.loss(vlm.embed(rows, units, units.flat(gated))), episode.count.float()
         weight = stepprune.length_weight(step, cfg.steps, cfg.length, cfg.length_end)
         loss = nll + weight * (expected / valid.sum(1)).mean()

@@ -292,6 +292,17 @@ def test_the_question_reaches_the_pointer_and_the_gate_holds_it_back():
     assert [sp.text_gate(t, 4) for t in (0, 1, 4, 9)] == [0, .25, 1, 1]
 
 
+def test_stop_reads_the_question_only_when_encoded():
+    for stop in ("learned", "encoded"):
+        net, (v, valid, text, text_valid) = model(stop=stop), inputs()
+        slots = net.memory(v, valid, text, text_valid)[:, -1]
+        moved = [not torch.allclose(slots, net.memory(*changed)[:, -1]) for changed in (
+            (v, valid, text.flip(1), text_valid), (v.flip(1), valid, text, text_valid))]
+        assert moved == [stop == "encoded"] * 2
+        if stop == "learned":
+            assert torch.equal(slots, net.stop.expand(3, -1))
+
+
 def test_align_puts_a_word_where_the_projector_would_have_made_it_from():
     net, g = model(), torch.Generator().manual_seed(3)
     v = torch.randn(500, 16, generator=g, dtype=torch.float64) * 3 + 1
@@ -335,7 +346,7 @@ def test_every_parameter_learns(patches):
 # ---------------------------------------------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("bad", [dict(budget="all"), dict(aggregation="sum"), dict(max_steps=0), dict(max_text=0),
-                                 dict(gate="hard"), dict(denoiser="big")])
+                                 dict(gate="hard"), dict(denoiser="big"), dict(stop="no")])
 def test_settings_that_cannot_work(bad):
     with pytest.raises(ValueError, match=str(*bad)):
         model(**bad)
