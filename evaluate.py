@@ -8,6 +8,7 @@ as JSON and Markdown beside three pictures. `--image photo.png --question "..."`
 
 import json
 import re
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -415,7 +416,7 @@ def draw_kept(images, grids, scores, keeps, titles, path: Path, orders=None) -> 
         shown = [(pixels, {}), (heat, {"cmap": "magma", "extent": (0, image.width, image.height, 0)}), (kept, {})]
         for axis, (picture, style), title in zip(axes[:, b], shown, ["", "score", f"{len(keep)} kept"]):
             axis.imshow(picture, **style)
-            axis.set_title(title or titles[b], fontsize=8)
+            axis.set_title(title or textwrap.fill(titles[b], 26), fontsize=8)
             axis.axis("off")
         for number, i in enumerate(orders[b].tolist() if orders else (), 1):
             x, y = (i % columns + .5) * image.width / columns, (i // columns + .5) * image.height / rows
