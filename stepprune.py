@@ -1,6 +1,7 @@
 """StepPrune: a pointer picks one visual token a step, sees what it has picked, and decides when to stop.
 
-"Stepwise Token Selection for Efficient Multimodal Large Language Models", arXiv:2606.16067. Letters as in autoselect.py.
+"Stepwise Token Selection for Efficient Multimodal Large Language Models", arXiv:2606.16067.
+Letters and shapes as in autoselect.py.
 
     (2)  pi(S) = prod_t pi_t(a_t | a_<t, v, text),  a_t one of N tokens or stop        StepPrune.rollout
     (3)  [H; .] = Enc([v ; g_text W_text E_text])                                      Encoder, text_gate
