@@ -23,8 +23,7 @@ Shapes  T steps, E_text (B, L, D) word embeddings of the question, M (B, N+1, C)
 Read    downwards: the equations in the paper's order, then StepPrune, which strings them together.
 Ours    - The last decoder layer ends at its pointer logits: its read-out and feed-forward would feed nothing.
         - The text has LayerNorm before W_text and learned positions after it; memory has LayerNorm.
-        - W_text starts as the inverse of the frozen projector (align): from random weights the policy learned to
-          point in 300 steps, yet to the same tokens whatever the question was.
+        - W_text starts as the inverse of the frozen projector (align), so that words and tokens can be compared.
         - hops: through a chain of straight-through picks the gradient can grow exponentially, once the pointer's
           logits are large. The picks are made without a graph; then all steps are computed again at once, hops + 1
           times, so that a gradient passes at most `hops` picks. hops=-1 keeps the graph of the loop itself, the
@@ -34,8 +33,7 @@ Ours    - The last decoder layer ends at its pointer logits: its read-out and fe
         - stop="encoded": h_stop goes through the encoder beside the tokens, so that "how many" can hold it back; a
           constant h_stop knows of the question only what the picks tell.
         - length_weight: lambda is high at first, so that only the tokens that a question needs are worth their price
-          and the policy has to read it; then low, so that questions that need many tokens get them. Constant and
-          low, it picked what stands out, whatever the question; constant and high, as few for counts as for colours.
+          and the policy has to read it; then low, so that questions that need many tokens get them.
         - Aggregation "last" is read literally: at the last step all picks are masked and score 0.
         - Steps after a row has stopped count for nothing, or its neighbours in the batch would change its loss.
         - budget="expected": K of Eq. 12 is each row's own expected count, so the answer's loss tells it when to stop.

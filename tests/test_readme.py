@@ -47,8 +47,8 @@ def test_every_make_target_exists(command):
 
 
 def test_imports_only_point_down():
-    """Three floors: methods, baselines, common and tiny; benchmarks and stepprune; train and evaluate."""
-    ground = {"autoselect", "recon_selector", "baselines", "common", "tiny"}
+    """Three floors: methods, baselines, common, pictures and tiny; benchmarks and stepprune; train and evaluate."""
+    ground = {"autoselect", "recon_selector", "baselines", "common", "pictures", "tiny"}
     floors = {**dict.fromkeys(ground, 0), "stepprune": 1, "benchmarks": 1, "train": 2, "evaluate": 3}
     folders = ("", "baselines/", "benchmarks/", "tiny/")
     for path in [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]:

@@ -157,9 +157,9 @@ def _pixels(args):
     return np.asarray(scenes.render(scene_of(name, i))).reshape(-1)
 
 
-def pool(name, work, size):
+def pool(name, stages, size):
     """(size, 144*144*3) uint8 pictures, on disk and memory-mapped; every size of SIZES has as many pixels."""
-    path, done = work / f"pool{size}.npy", work / f"pool{size}.done"
+    path, done = stages / f"pool{size}.npy", stages / f"pool{size}.done"
     if not done.exists():
         data = np.lib.format.open_memmap(path, "w+", np.uint8, (size, 144 * 144 * 3))
         with Pool() as workers:
@@ -374,7 +374,7 @@ def pick(step, size, batch, stage):
     return np.arange(batch) + batch * order[step % per]
 
 
-def train_vision(name, model, tok, data, args, work, device):
+def train_vision(name, model, tok, data, args, stages, device):
     heads = VisionHeads(tok, model.config.text_config.hidden_size, 128, 1 if name == "llava" else 4)
     tower = model.model.vision_tower if name == "llava" else model.model.visual
     modules = nn.ModuleDict(dict(tower=tower, heads=heads, embed=model.get_input_embeddings()))
@@ -391,13 +391,13 @@ def train_vision(name, model, tok, data, args, work, device):
             loss, hits = heads.loss(project(name, model, feats), feats, cls, modules["embed"].weight, labels, centre)
         return loss, " ".join(f"{k} {100 * v:.0f}" for k, v in hits.items())
 
-    trainer = Trainer(modules, args.vision_steps, args.lr, work / "vision.pt")
+    trainer = Trainer(modules, args.vision_steps, args.lr, stages / "vision.pt")
     trainer.run(batch_loss, lambda: "")
 
 
-def cache_features(name, model, data, size, work, device):
+def cache_features(name, model, data, size, stages, device):
     """Stage 2 never changes the tower: encode every picture of the pool once. Returns a bf16 array on disk."""
-    path, done = work / f"features{size}.pt", work / f"features{size}.done"
+    path, done = stages / f"features{size}.pt", stages / f"features{size}.done"
     shape = (size, N, 128) if name == "llava" else (size, N, 4, 128)
     store = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=torch.bfloat16).view(shape)
     if not done.exists():
@@ -409,7 +409,7 @@ def cache_features(name, model, data, size, work, device):
     return store
 
 
-def train_language(name, model, tok, store, args, work, device):
+def train_language(name, model, tok, store, args, stages, device):
     vocab = tok.get_vocab()
     modules = nn.ModuleDict(dict(lm=model.model.language_model))
     modules["projector"] = model.model.multi_modal_projector if name == "llava" else model.model.visual.merger
@@ -440,7 +440,7 @@ def train_language(name, model, tok, store, args, work, device):
                 hits.setdefault(family, []).append(right[b, answer[b] & (turn[b] == i)].all().item())
         return " ".join(f"{family} {100 * np.mean(hit):.0f}" for family, hit in sorted(hits.items()))
 
-    Trainer(modules, args.language_steps, args.lr, work / "language.pt").run(batch_loss, report)
+    Trainer(modules, args.language_steps, args.lr, stages / "language.pt").run(batch_loss, report)
 
 
 def main():
@@ -459,15 +459,15 @@ def main():
                      f"{args.pool} must be a multiple of it: pictures of one shape come in runs of 64")
     name, device = args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = args.out or Path(__file__).parent / name
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
+    stages = out / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer(name)
     model = build_model(name, tok).to(device)
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-    data = pool(name, work, args.pool)
-    train_vision(name, model, tok, data, args, work, device)
-    store = cache_features(name, model, data, args.pool, work, device)
-    train_language(name, model, tok, store, args, work, device)
+    data = pool(name, stages, args.pool)
+    train_vision(name, model, tok, data, args, stages, device)
+    store = cache_features(name, model, data, args.pool, stages, device)
+    train_language(name, model, tok, store, args, stages, device)
     model.set_attn_implementation("sdpa")
     model.to("cpu", torch.bfloat16).save_pretrained(out)
     save_processor(name, tok, out)
