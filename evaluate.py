@@ -50,7 +50,7 @@ class EvalConfig:
         "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]"})
     exact: bool = option(False, "stepprune: also keep exactly K")
     max_keep: int | None = option(None, "stepprune: most tokens it may keep [twice the T_max it was trained with]")
-    calibration: int = option(600, "stepprune: questions, at least, that find the stop bias for a mean of K")
+    calibration: int = option(2000, "stepprune: questions, at least, that find the stop bias for a mean of K")
     n: int = option(1000, "questions, at least; the families share them")
     batch: int = option(32, "pictures encoded at a time")
     split: str = option("test", "scenes to ask about", choices=["test", "calibration"])

@@ -595,3 +595,18 @@ def test_packed_dialogues_are_true_and_name_their_families(name):
         captions += families[b][0] == "caption"
         assert "caption" not in families[b][1:]
     assert .25 < captions / len(index) < .75
+
+
+def test_windows_all_at_once_are_the_stock_windows(processors):
+    """Qwen's tower trains with this attention; 192 x 108 has windows of four sizes."""
+    model = pretrain.build_model("qwen2_5_vl", processors["qwen2_5_vl"].tokenizer)
+    for first in (0, 64):
+        data = np.random.default_rng(0).integers(0, 255, (first + 2, 144 * 144 * 3), dtype=np.uint8)
+        pixels = pretrain.pixel_batch("qwen2_5_vl", data, np.arange(first, first + 2), torch.device("cpu"))
+        found = []
+        for attention in ("flash_windows", "eager"):
+            model.model.visual.config._attn_implementation = attention
+            with torch.no_grad():
+                found.append(pretrain.features("qwen2_5_vl", model, pixels)[0])
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+        assert found[0].std() > .1
