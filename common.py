@@ -8,6 +8,7 @@ Only this file knows `transformers`. A selector sees `Units` and answers with in
     prompt = vlm.embed(batch, units, feats)     training: every unit, gated by the selector, differentiable
     prompt = vlm.prune(batch, units, keep)      inference: the kept units alone, each at its ORIGINAL position
     vlm.loss(prompt), vlm.logits(prompt), vlm.generate(prompt)
+    vlm.generate_within(prompt, {layer: rule})  inference: visual tokens leave inside the language model, too
 
 A unit is what the language model reads as one visual token: a CLIP patch in LLaVA, a 2x2 block of patches
 in Qwen2.5-VL. Pruning here is exact: the logits are those of the full sequence with the dropped tokens hidden
@@ -18,7 +19,9 @@ Shapes  B rows (= images), M units of all images together, N most units of one i
 Extend  a further family is one more Adapter class and one more line in ADAPTERS.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +30,18 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    DynamicCache,
     LlamaConfig,
     LlamaModel,
     PreTrainedConfig,
     Qwen2_5_VLProcessor,
 )
+from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
 IGNORE = -100                                         # label of a token that is no answer
+PLAIN = ("llama", "qwen2_5_vl_text")                  # decoders that are no more than layers and a norm
 
 
 @dataclass
@@ -103,6 +109,23 @@ class Prompt:
     labels: Tensor | None
     is_visual: Tensor
 
+    def only(self, stays: Tensor) -> "Prompt":
+        """The tokens in stays (B, L) bool, left padded anew: each keeps its position and its label."""
+        count = stays.sum(1)
+        width = int(count.max())
+        # a stable sort by "stays" brings what stays to the right end in its old order, that is left padding
+        index = stays.int().argsort(dim=1, stable=True)[:, -width:]
+        mask = torch.arange(width, device=index.device) >= width - count[:, None]
+        pos = self.pos.gather(-1, index.expand(*self.pos.shape[:-1], -1)).masked_fill(~mask, 0)
+        labels = None if self.labels is None else self.labels.gather(1, index).masked_fill(~mask, IGNORE)
+        embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
+        return Prompt(embeds, mask.long(), pos, labels, self.is_visual.gather(1, index) & mask)
+
+
+# Chooses the visual tokens that go on into a layer: of their hidden states in front of it, (B, N, D) with zeros behind
+# shorter rows, and valid (B, N) bool it makes keep, for each row ascending int64 indices (K,) into its visual tokens.
+Rule = Callable[[Tensor, Tensor], list[Tensor]]
+
 
 class LlavaAdapter:
     """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
@@ -121,7 +144,7 @@ class LlavaAdapter:
         # hidden state 0 is the embedding, so the last of all states is the output of layer number `layers`
         self.depth = layer if layer > 0 else layers + 1 + layer
         self.model, self.width = model.model, vision.hidden_size
-        self.side = vision.image_size // vision.patch_size
+        self.side, self.unit_side = vision.image_size // vision.patch_size, vision.patch_size
 
     def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
         """feats (M, C), grid, cls (M,). The layers above the feature layer do not run."""
@@ -141,6 +164,9 @@ class LlavaAdapter:
         k = attention.k_proj(x).unflatten(-1, heads)                                  # (B, 1 + N, H, d)
         row = torch.einsum("bhd,bkhd->bhk", q, k) * attention.scale                   # (B, H, 1 + N)
         return row.softmax(-1, dtype=torch.float32).mean(1)[:, 1:]
+
+    def pixels(self, batch) -> list[Tensor]:
+        return list(batch["pixel_values"])
 
     def project(self, feats: Tensor) -> Tensor:
         return self.model.multi_modal_projector(feats)
@@ -168,6 +194,7 @@ class QwenAdapter:
     def __init__(self, model):
         vision = model.config.vision_config
         self.model, self.width, self.merge = model.model, vision.hidden_size, vision.spatial_merge_size
+        self.unit_side = vision.patch_size * self.merge
         self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
                            patch_size=vision.patch_size)
 
@@ -179,6 +206,15 @@ class QwenAdapter:
         window, _ = get_vision_window_index(grid, **self.window)
         feats = feats.view(-1, self.merge ** 2, self.width)[window.to(feats.device).argsort()]
         return feats, [(h // self.merge, w // self.merge) for _, h, w in grid.tolist()], None
+
+    def pixels(self, batch) -> list[Tensor]:
+        grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
+        parts = batch["pixel_values"].split([h * w for _, h, w in grid])
+        pictures = []
+        for (_, h, w), x in zip(grid, parts):          # a still picture stands in each of its two frames
+            x = x.view(h // self.merge, w // self.merge, self.merge, self.merge, 3, -1, side, side)[..., 0, :, :]
+            pictures.append(x.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * side, w * side))
+        return pictures
 
     def project(self, feats: Tensor) -> Tensor:
         return self.model.visual.merger(feats.flatten(0, 1))
@@ -204,6 +240,7 @@ class FrozenVLM(nn.Module):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_id = model.config.image_token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.mark = self.tokenizer.convert_ids_to_tokens(getattr(model.config, "vision_start_token_id", self.image_id))
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         # Qwen's template ends an answer itself, LLaVA's does not, and a model must learn to stop
@@ -252,14 +289,22 @@ class FrozenVLM(nn.Module):
         return self.adapter.width
 
     @property
+    def unit_side(self) -> int:
+        """Pixels that a unit is high and wide."""
+        return self.adapter.unit_side
+
+    @property
     def dim(self) -> int:
         """D, width of the language model."""
         return self.model.config.text_config.hidden_size
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What a selector's weights depend on: one that was trained for another backbone must be refused."""
+        """What a selector's weights depend on: one that was trained for another backbone must be refused. Those that
+        never saw the language model depend on the entries vision_* and feature_layer alone. vision_side: of a square
+        grid of units, 0 for native resolution."""
         config, vision = self.model.config, self.model.config.vision_config
         return dict(model_type=config.model_type, vision_width=self.width, vision_patch=vision.patch_size,
+                    vision_side=getattr(self.adapter, "side", 0),
                     vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
                     feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
                     layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
@@ -274,15 +319,19 @@ class FrozenVLM(nn.Module):
         return self.tokenizer.apply_chat_template(messages, chat_template=self.processor.chat_template,
                                                   tokenize=False, add_generation_prompt=generation)
 
-    def _dialogue(self, turns) -> tuple[str, list[tuple[int, int]]]:
+    def _dialogue(self, turns, twice: bool = False) -> tuple[str, list[tuple[int, int]]]:
         """Text of a dialogue, and the [start, end) characters of its answers, end-of-turn marks included."""
         messages, heads, spans, text = [], [], [], ""
+
+        def render(**how) -> str:
+            text = self._template(messages, **how)     # many templates write the image first, wherever it is put
+            return text.replace(self.mark, f"{turns[0][0]} {self.mark}", 1) if twice else text
         for question, answer in turns:
             messages.append(self._message("user", question, image=not messages))
-            heads.append(text := self._template(messages, generation=True))
+            heads.append(text := render(generation=True))
             if answer is not None:
                 messages.append(self._message("assistant", answer.strip() + self.end))
-                text = self._template(messages)
+                text = render()
                 spans.append((len(heads[-1]), len(text.rstrip())))
         if not all(text.startswith(head) for head in heads):
             raise ValueError("this checkpoint's chat template rewrites earlier turns when one is added: the "
@@ -319,10 +368,18 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
-    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]], device=None):
+    def pictures(self, images: list[Image.Image], device=None):
+        """The pixels of batch() alone: all that encode() and pixels() need."""
+        batch = self.processor.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        return batch.to(self.device if device is None else device)
+
+    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]], device=None,
+              twice: bool = False):
         """The tensors that the other methods take as `batch`: one image and dialogue per row.
 
         device: the model's if None; a loader's worker process passes "cpu", for it must not touch the GPU.
+        twice: the first question stands in front of the image too, so that visual tokens can attend to it.
 
         turns[b] is [(question, answer), ...]; a last answer of None ends the prompt where the model is to
         speak. Returns a dict with input_ids, attention_mask and labels (B, L), left padded, and the processor's
@@ -330,7 +387,7 @@ class FrozenVLM(nn.Module):
         Raises ValueError on rows that do not fit, empty texts, and words that the tokenizer does not know.
         """
         self._check_turns(images, turns)
-        texts, spans = zip(*(self._dialogue(dialogue) for dialogue in turns))
+        texts, spans = zip(*(self._dialogue(dialogue, twice) for dialogue in turns))
         # a template may bring the BOS token along; a second one would shift every position
         special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
         batch = self.processor(images=[image.convert("RGB") for image in images], text=list(texts),
@@ -380,6 +437,10 @@ class FrozenVLM(nn.Module):
         image_of = torch.arange(len(grid)).repeat_interleave(torch.tensor([r * c for r, c in grid]))
         return Units(feats, image_of.to(feats.device), grid, cls)
 
+    def pixels(self, batch) -> list[Tensor]:
+        """The pictures as the encoder sees them, (3, H, W) each: normalised, at the size that the units cover."""
+        return self.adapter.pixels(batch)
+
     def project(self, feats: Tensor) -> Tensor:
         """(M, C) or (M, P, C) -> (M, D), the VLM's own projector. Differentiable."""
         return self.adapter.project(feats.to(self.dtype))
@@ -405,20 +466,20 @@ class FrozenVLM(nn.Module):
         return self._prompt(batch, units.feats[kept], kept)
 
     @staticmethod
-    def _kept(units: Units, keep) -> Tensor:
-        """keep -> (M,) bool, after checking it."""
+    def _kept(units: Units, keep, name: str = "keep") -> Tensor:
+        """keep -> (M,) bool, after checking it; name is what errors call it."""
         if len(keep) != len(units.grid):
-            raise ValueError(f"keep has {len(keep)} rows: expected one per image, that is {len(units.grid)}")
+            raise ValueError(f"{name} has {len(keep)} rows: expected one per image, that is {len(units.grid)}")
         kept = []
         for row, (index, n) in enumerate(zip(keep, units.counts)):
             index = index.cpu()
             if index.dtype != torch.int64 or index.ndim != 1:
-                raise ValueError(f"keep[{row}] is {index.dtype} {tuple(index.shape)}: expected int64 (K,)")
+                raise ValueError(f"{name}[{row}] is {index.dtype} {tuple(index.shape)}: expected int64 (K,)")
             if len(index) and not 0 <= index.min() <= index.max() < n:
-                raise ValueError(f"keep[{row}] spans {index.min()} to {index.max()}: expected 0 to {n - 1}, the "
-                                 f"units of image {row}; indices start anew with every image")
+                raise ValueError(f"{name}[{row}] spans {index.min()} to {index.max()}: expected 0 to {n - 1}, the "
+                                 f"units that row {row} has; indices start anew with every row")
             if not (index[1:] > index[:-1]).all():
-                raise ValueError(f"keep[{row}] = {index.tolist()}: expected strictly ascending indices; sort "
+                raise ValueError(f"{name}[{row}] = {index.tolist()}: expected strictly ascending indices; sort "
                                  "them and name each unit once")
             kept.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
         return torch.cat(kept).to(units.feats.device)
@@ -436,16 +497,7 @@ class FrozenVLM(nn.Module):
         # detach: with activation checkpointing the embedding layer marks its output as wanting gradients
         embeds = self.lm.get_input_embeddings()(ids).detach()
         embeds = embeds.masked_scatter(visual[..., None], self.project(feats))
-        # a stable sort by "stays" brings what stays to the right end in its old order, that is left padding
-        stays = mask.sum(1)
-        width = int(stays.max())
-        index = mask.int().argsort(dim=1, stable=True)[:, -width:]
-        mask = torch.arange(width, device=ids.device) >= width - stays[:, None]
-        pos = self.adapter.positions(batch)
-        pos = pos.gather(-1, index.expand(*pos.shape[:-1], -1)).masked_fill(~mask, 0)
-        labels = batch["labels"].gather(1, index).masked_fill(~mask, IGNORE) if "labels" in batch else None
-        embeds = embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1]))
-        return Prompt(embeds, mask.long(), pos, labels, visual.gather(1, index) & mask)
+        return Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"), visual).only(mask)
 
     # ----------------------------------------------------------------------------------------- language model
 
@@ -488,15 +540,24 @@ class FrozenVLM(nn.Module):
         The first new token stands one behind the last ORIGINAL position, whatever has been pruned. Sampling
         and penalties that the checkpoint's generation config may ask for are off.
         """
-        training = self.lm.training
-        self.lm.eval()                                # in training mode, checkpointing drops the cache
-        try:
+        with self._decoding():
             tokens = self.model.generate(
                 inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
                 max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
                 repetition_penalty=1.0, num_beams=1, use_cache=True, pad_token_id=self.tokenizer.pad_token_id)
+        return self._texts(tokens)
+
+    @contextmanager
+    def _decoding(self):
+        """Evaluation mode: in training mode, checkpointing drops the cache."""
+        training = self.lm.training
+        self.lm.eval()
+        try:
+            yield
         finally:
             self.lm.train(training)
+
+    def _texts(self, tokens: Tensor) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def checkpointing(self, on: bool) -> None:
@@ -513,6 +574,97 @@ class FrozenVLM(nn.Module):
         new, old = f"activation_{switch}", f"gradient_{switch}"
         getattr(self.lm, new if hasattr(self.lm, new) else old)()
         self.lm.train(on)                             # it acts in training mode only
+
+    # ----------------------------------------------------------------------- pruning inside the language model
+
+    @torch.no_grad()
+    def visual_states(self, prompt: Prompt, layer: int) -> Tensor:
+        """(M, D) hidden states of all visual tokens after `layer` layers, 0 for none; the layers above do not run.
+
+        Row after row in raster order: what a rule in front of that layer gets, unpadded. Raises ValueError unless
+        0 <= layer < layers.
+        """
+        self._check_layers([layer], 0)
+        return self._layers(prompt, self._no_keys(prompt, {}), {}, depth=layer).embeds[prompt.is_visual]
+
+    def logits_within(self, prompt: Prompt, stages: dict[int, Rule]) -> tuple[Tensor, Prompt]:
+        """Logits (B, L, V) of the tokens that are left at the end, and these: their embeds are the last hidden states.
+
+        Before layer i, counted from 0, the rule stages[i] chooses among the visual tokens that are still there. What
+        stays keeps its original position. Raises ValueError on a stage that is none of 1 .. layers - 1 (in front of
+        them all there is prune()), and on a keep that does not fit or takes the last visual token from a row.
+        """
+        self._check_layers(stages, 1)
+        left = self._layers(prompt, self._no_keys(prompt, stages), stages)
+        left = replace(left, embeds=self.lm.norm(left.embeds))
+        return self.model.lm_head(left.embeds), left
+
+    @torch.no_grad()
+    def generate_within(self, prompt: Prompt, stages: dict[int, Rule], max_new_tokens: int = 32) -> list[str]:
+        """generate() with the stages of logits_within(), which run once, before the first new token."""
+        self._check_layers(stages, 1)
+        masks, cache = self._no_keys(prompt, stages), DynamicCache()
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.int64, device=self.device)
+        tokens, running = prompt.mask[:, :0], torch.ones_like(prompt.mask[:, -1:]).bool()
+        with self._decoding():
+            state = self._layers(prompt, masks, stages, cache)
+            for step in range(1, max_new_tokens + 1):
+                token = self.model.lm_head(self.lm.norm(state.embeds[:, -1:])).argmax(-1)
+                token = token.masked_fill(~running, self.tokenizer.pad_token_id)
+                tokens, running = torch.cat([tokens, token], 1), running & ~torch.isin(token, ends)
+                if step == max_new_tokens or not running.any():
+                    break
+                state = Prompt(self.lm.get_input_embeddings()(token), torch.ones_like(token),
+                               prompt.pos[..., -1:] + step, None, torch.zeros_like(running))
+                state = self._layers(state, masks, {}, cache)
+        return self._texts(tokens)
+
+    @staticmethod
+    def _no_keys(prompt: Prompt, stages) -> dict[int, Tensor]:
+        """Masks for _layers() that nothing has gone through yet."""
+        return {i: prompt.mask[:, :0] for i in (0, *stages)}
+
+    def _layers(self, prompt: Prompt, masks: dict[int, Tensor], stages: dict[int, Rule], cache=None,
+                depth: int | None = None) -> Prompt:
+        """What comes out of the first `depth` layers, all if None, without the last norm; embeds are the states.
+
+        masks[i] (B, K), for layer 0 and every stage: which keys are real, of those that the cache already holds from
+        layer i on up to the next stage. It grows by those of this prompt.
+        """
+        for i, layer in enumerate(self.lm.layers[:depth]):
+            if i in stages:
+                prompt = self._narrow(prompt, i, stages[i])
+            if i in masks:
+                masks[i] = torch.cat([masks[i], prompt.mask], 1)
+                # layer_idx: the cache is shorter from stage to stage, and by default layer 0 sizes the mask
+                mask = create_causal_mask(config=self.lm.config, inputs_embeds=prompt.embeds, attention_mask=masks[i],
+                                          past_key_values=cache, layer_idx=i)
+                rotary = self.lm.rotary_emb(prompt.embeds, position_ids=prompt.pos)
+            states = layer(prompt.embeds, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+            prompt = replace(prompt, embeds=states)
+        return prompt
+
+    def _narrow(self, prompt: Prompt, i: int, rule: Rule) -> Prompt:
+        """The prompt without the visual tokens that the rule in front of layer i drops."""
+        visual, name = prompt.is_visual, f"stages[{i}](...)"
+        row, counts = visual.nonzero()[:, 0], visual.sum(1).tolist()
+        units = Units(prompt.embeds[visual], row, [(1, n) for n in counts])
+        keep = rule(*units.pad())
+        kept = self._kept(units, keep, name)
+        if empty := [b for b, n in enumerate(counts) if n and not len(keep[b])]:
+            raise ValueError(f"{name}[{empty[0]}] is empty: expected at least one of {counts[empty[0]]} visual tokens")
+        return prompt.only(prompt.mask.bool().masked_scatter(visual, kept))
+
+    def _check_layers(self, wanted, first: int) -> None:
+        """Raises ValueError if a wanted layer is none of first .. layers - 1, or _layers() cannot run this model."""
+        config, layers = self.lm.config, len(self.lm.layers)
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        if config.model_type not in PLAIN or kinds != {"full_attention"}:
+            raise ValueError(f"the language model is {config.model_type!r} with {', '.join(sorted(kinds))}: expected "
+                             f"one of {', '.join(PLAIN)} with full_attention in every layer to prune inside")
+        if wrong := [i for i in wanted if i not in range(first, layers)]:
+            raise ValueError(f"layer {wrong[0]}: expected one of {first} to {layers - 1}")
 
 
 def random_language_model(layers: int, width: int = 4096, dtype=torch.bfloat16) -> nn.Module:

@@ -520,7 +520,8 @@ def main(args=None) -> list[dict]:
             first = next(iter(found))[0]
             draw_adaptive({key: x for key, x in found.items() if key[0] == first}, out / "adaptive.png")
         if trained:
-            logged = [run for run in trained if (Path(run) / "log.jsonl").exists()]     # a shared selector has no log
+            logged = [run for run, (_, config) in trained.items() if (Path(run) / "log.jsonl").exists()
+                      and config.method == trained[runs[0]][1].method]           # a shared selector has no log
             if logged:
                 draw_training(logged, out / "training.png")
             draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], cfg.max_keep, out)

@@ -23,6 +23,7 @@ Ours    - |x|_2 is the root of the mean square, so that alpha means the same for
         - Upsampling doubles while it fits into a patch, then resizes to the picture exactly.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,8 @@ class Config:
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
-    """|x - y|, the root of the mean square.                                                     Eqs. (1), (3)"""
-    return (x - y).square().mean().add(1e-12).sqrt()
+    """(B,) |x - y| of each picture, the root of the mean square.                                 Eqs. (1), (3)"""
+    return (x - y).square().flatten(1).mean(1).add(1e-12).sqrt()
 
 
 def kept_share(mask: Tensor, valid: Tensor) -> Tensor:
@@ -157,6 +158,19 @@ class ImageReconstructor(nn.Module):
         return self.out(F.interpolate(x, size, mode="bilinear"))
 
 
+def stage_rate(step: int, steps: int, stages=(0.6, 0.2, 0.2), warmup: float = 0.05) -> float:
+    """Factor of the learning rate: a cosine from 1 to 0 in each stage, after a linear warm-up.        Section 4.6
+
+    The paper's 60 + 20 + 20 epochs as shares of any number of steps; that each stage is a cosine is our reading.
+    """
+    done, start = min(step, steps - 1) / max(steps, 1), 0.0
+    for share in stages:
+        if done < start + share - 1e-9:
+            break
+        start += share
+    return min((step + 1) / max(warmup * steps, 1), 1.0) * (0.5 + 0.5 * math.cos(math.pi * (done - start) / share))
+
+
 class ReconSelector(nn.Module):
     """Selector and both reconstructors: forward() while training, select() afterwards. Parameters are float32."""
 
@@ -177,26 +191,42 @@ class ReconSelector(nn.Module):
         return self.selector(self.standardised(v, valid), valid)
 
     def rebuild(self, x: Tensor, mask: Tensor, grid, size) -> tuple[Tensor, Tensor]:
-        """F_rec and I_rec from standardised tokens x and a mask.                                      Eq. (6)"""
+        """F_rec and I_rec of pictures of one grid and size, from standardised tokens x and a mask.   Eq. (6)"""
         rebuilt = self.features(put_masked(x, mask, self.masked), grid)
         return rebuilt, self.image(rebuilt, grid, size)
 
-    def forward(self, v: Tensor, pixels: Tensor, grid: tuple[int, int], generator=None) -> tuple[Tensor, dict]:
-        """Images of one grid: v (B, rows * columns, C), pixels (B, 3, H, W) -> the loss and its parts.  Eq. (8)"""
-        cfg, valid = self.cfg, torch.ones(v.shape[:2], dtype=torch.bool, device=v.device)
-        x = self.standardised(v, valid)
-        logits = self.selector(x, valid)
+    def errors(self, x: Tensor, mask: Tensor, pixels: list[Tensor], grids: list) -> tuple[Tensor, Tensor]:
+        """|F_rec - F| and |I_rec - I|, (B,) each. Pictures of one shape are rebuilt together.
+
+        x (B, N, C) standardised, mask (B, N), pixels[b] (3, H, W), grids[b] (rows, columns) of its units.
+        """
+        shapes = [(grid, picture.shape[1:]) for grid, picture in zip(grids, pixels)]
+        order, found = [], []
+        for grid, size in dict.fromkeys(shapes):
+            rows, n = [b for b, shape in enumerate(shapes) if shape == (grid, size)], grid[0] * grid[1]
+            rebuilt, picture = self.rebuild(x[rows, :n], mask[rows, :n], grid, size)
+            wanted = torch.stack([pixels[b] for b in rows]).to(picture)
+            found.append(torch.stack([distance(rebuilt, x[rows, :n]), distance(picture, wanted)]))
+            order += rows
+        feature, image = torch.cat(found, 1)[:, torch.tensor(order).argsort()]
+        return feature, image
+
+    def forward(self, v: Tensor, valid: Tensor, pixels: list[Tensor], grids: list,
+                generator=None) -> tuple[Tensor, dict]:
+        """v (B, N, C) or (B, N, P, C), valid (B, N); pixels, grids as in errors() -> loss, parts.   Eq. (8)"""
+        cfg, x = self.cfg, self.standardised(v, valid)
+        logits = self.selector(x, valid).to(x.dtype)
         noise = torch.zeros_like(logits)
         if cfg.estimator == "gumbel":
             u = torch.rand(logits.shape, generator=generator, device=v.device).clamp(1e-9, 1 - 1e-7)
             noise = -(-u.log()).log().to(logits)
         mask = hard_mask(logits, noise, cfg.tau)
-        rebuilt, picture = self.rebuild(x, mask, grid, pixels.shape[-2:])
+        feature, image = (error.mean() for error in self.errors(x, mask, pixels, grids))
         share = kept_share(mask, valid)
         pressure = (dead_zone(share, cfg.p, cfg.q, cfg.alpha1, cfg.alpha2) if cfg.regulariser == "dead_zone"
                     else cfg.alpha1 * share)
-        feature, image = distance(rebuilt, x), distance(picture, pixels.to(picture))
-        return feature + image + pressure, {"feature": feature.item(), "image": image.item(), "kept": share.item()}
+        return feature + image + pressure, {"feature": feature.item(), "image": image.item(), "kept": share.item(),
+                                            "pressure": pressure.item()}
 
     @torch.no_grad()
     def scores(self, v: Tensor, valid: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,17 +19,20 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import autoselect
+import recon_selector
 import stepprune
+from benchmarks.folder import Epochs, FeatureCache, Pictures
 from benchmarks.scenes import SIZES, Dialogues
-from common import FrozenVLM
+from common import FrozenVLM, Units
 
 METHODS = {                                            # what each method trains with unless told otherwise
-    "autoselect": dict(steps=450, batch=16, lr=2e-3, tau_start=.1, tau_end=.02, autocast=False),
-    "stepprune": dict(steps=600, batch=8, lr=1e-3, tau_start=1., tau_end=.2, autocast=True)}
+    "autoselect": dict(steps=450, batch=16, lr=2e-3, layers=2, tau_start=.1, tau_end=.02, autocast=False),
+    "stepprune": dict(steps=600, batch=8, lr=1e-3, layers=2, tau_start=1., tau_end=.2, autocast=True),
+    "recon": dict(steps=None, batch=16, lr=1e-3, layers=4, tau_start=1., tau_end=1., autocast=True)}
 SAME_RUN = ("method", "model", "seed", "steps", "batch", "keep", "lr", "layers", "heads", "gate", "denoiser", "scorer",
             "tau_start", "tau_end", "dtype", "turns", "length", "max_steps", "gamma", "hops", "budget", "aggregation",
-            "causal", "text_steps", "length_end", "align",
-            "autocast", "stop")
+            "causal", "text_steps", "length_end", "align", "autocast", "stop", "pictures", "images", "p", "q", "alpha1",
+            "alpha2", "estimator", "regulariser", "condition")
 
 
 def option(default, text, **kwargs):
@@ -42,15 +45,16 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 600]")
-    batch: int | None = option(None, "pictures a step [ours: autoselect 16; stepprune 8, each question a row]")
+    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 600; recon: as --epochs say]")
+    batch: int | None = option(None, "pictures a step [ours: 16; stepprune 8, each question a row; recon's paper: 32]")
     turns: int = option(7, "questions a picture; autoselect reads its caption before them [ours]")
     keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
         "help": "K in training; the steps take turns [ours: the paper's three budgets; most often the "
                 "widest, whose order settles last]"})
-    lr: float | None = option(None, "AdamW's learning rate after warm-up [ours: autoselect 2e-3, stepprune 1e-3]")
-    layers: int = option(2, "blocks of scorer or encoder [ours, tiny; 5 give AutoSelect's size on CLIP-L; stepprune: "
-                            "paper]")
+    lr: float | None = option(None, "AdamW's learning rate after warm-up [ours: autoselect 2e-3, others 1e-3; "
+                             "recon's paper: 1e-5 for CLIP-L, 5e-6 for InternViT]")
+    layers: int | None = option(None, "blocks of scorer, encoder or selector [ours, tiny: autoselect 2; 5 give its "
+                                      "size on CLIP-L; paper: stepprune 2, recon 4]")
     heads: int = option(4, "attention heads of the selector [ours, tiny; 16 on CLIP-L]")
     tau_start: float | None = option(None, "temperature of the soft top-K at the first step [ours: autoselect 0.1, for "
                                      "from 1 the tiny VLM reads half-drowned tokens and nothing presses the scorer; "
@@ -75,6 +79,20 @@ class TrainConfig:
                               choices=list(stepprune.AGGREGATIONS))
     causal: bool = option(False, "stepprune: Table 4's causal encoder")
     text_steps: int = option(50, "stepprune: steps in which g_text of Eq. 3 goes from 0 to 1 [ours]")
+    pictures: int = option(2400, "recon: scenes to train on, each once an epoch [ours, tiny]")
+    images: str | None = option(None, "recon: train on all pictures below this folder instead")
+    epochs: float = option(3., "recon: in three stages, 60, 20 and 20 %% of them [ours, tiny; paper: 100]")
+    cache_features: str | None = option(None, "recon: keep the encoder's features in this folder, made once")
+    p: float = option(0.6, "recon: share of kept tokens above which Eq. 4 presses [paper]")
+    q: float = option(0.1, "recon: ... and below which [paper]")
+    alpha1: float = option(1., "recon: how hard above p [ours, tiny; paper 0.1, whose distances are of another scale]")
+    alpha2: float = option(1., "recon: ... and below q")
+    estimator: str = option("gumbel", "recon: hard Gumbel-softmax [paper]; softmax: B.1's straight-through estimator",
+                            choices=["gumbel", "softmax"])
+    regulariser: str = option("dead_zone", "recon: Eq. 4 [paper]; plain: alpha1 L_pr, which collapses (B.2)",
+                              choices=["dead_zone", "plain"])
+    condition: int = option(0, "recon: select after this layer of the language model, from its states, the question "
+                               "before and behind the image (B.4); 0: after the vision encoder")
     dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
     autocast: bool | None = option(None, "the selector's matrix products in bfloat16 too; StepPrune's pointer stays in "
                                          "float32 [ours: stepprune]")
@@ -88,9 +106,12 @@ class TrainConfig:
         self.run = self.run or f"runs/{self.method}"
         for name, value in METHODS.get(self.method, METHODS["autoselect"]).items():
             setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
-        if min(self.steps, self.batch, self.save_every, *self.keep) < 1:
+        if min(self.steps or 1, self.batch, self.save_every, self.pictures, *self.keep) < 1 or self.steps == 0:
             raise ValueError(f"steps={self.steps}, batch={self.batch}, save_every={self.save_every}, "
-                             f"keep={self.keep}: all must be at least 1")
+                             f"pictures={self.pictures}, keep={self.keep}: all must be at least 1")
+        if self.condition and (self.images or self.cache_features):
+            raise ValueError(f"condition={self.condition} reads questions: expected neither --images, which has none, "
+                             "nor --cache_features, which holds what the vision encoder says")
 
 
 def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
@@ -104,6 +125,11 @@ def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
             width=vlm.width, text_width=vlm.dim, max_steps=cfg.max_steps, encoder_layers=cfg.layers, heads=cfg.heads,
             gamma=cfg.gamma, aggregation=cfg.aggregation, causal=cfg.causal, budget=cfg.budget, hops=cfg.hops,
             stop=cfg.stop, gate=cfg.gate, denoiser=cfg.denoiser))
+    if cfg.method == "recon":
+        return recon_selector.ReconSelector(recon_selector.Config(
+            width=vlm.dim if cfg.condition else vlm.width, layers=cfg.layers, heads=cfg.heads, patch=vlm.unit_side,
+            channels=max(16, vlm.width // 16), grid=vlm.fingerprint()["vision_side"] or 24, p=cfg.p, q=cfg.q,
+            alpha1=cfg.alpha1, alpha2=cfg.alpha2, estimator=cfg.estimator, regulariser=cfg.regulariser))
     raise ValueError(f"method={cfg.method!r} is none of {[*METHODS]}")
 
 
@@ -142,6 +168,8 @@ def load_run(run: str | Path, vlm: FrozenVLM):
                                 f"python train.py --run {run}, with the options it shall have")
     saved = json.loads((run / "config.json").read_text())
     ours, theirs = vlm.fingerprint(), saved.pop("fingerprint")
+    if saved["method"] == "recon" and not saved["condition"]:          # any language model may stand behind the encoder
+        ours = {k: v for k, v in ours.items() if k.startswith("vision_") or k == "feature_layer"}
     differ = [f"{k}: {theirs.get(k)!r} trained, {ours.get(k)!r} here" for k in ours if theirs.get(k) != ours[k]]
     if differ:
         raise ValueError(f"{run} was trained for another backbone ({'; '.join(differ)}): pass --model {saved['model']}")
@@ -163,8 +191,10 @@ def save_checkpoint(run: Path, step: int, selector, optim) -> None:
 class Batch:
     """Pictures, each encoded once, and the rows that ask about them: row r shows picture owner[r]."""
     pictures: dict
-    rows: dict
+    rows: dict | None
     owner: list[int]
+    lost: tuple = ()                                   # files that were of no use, with the reason
+    units: Units | None = None                         # where a cache has them
 
 
 def collate(vlm: FrozenVLM, each: bool):
@@ -181,22 +211,78 @@ def collate(vlm: FrozenVLM, each: bool):
     return build
 
 
+class Shown(torch.utils.data.Dataset):
+    """recon: item i is (i, picture, question or None, files that were of no use), from scenes or from --images."""
+
+    def __init__(self, cfg, vlm: FrozenVLM):
+        self.files = Pictures(cfg.images, oblong) if cfg.images else None
+        self.scenes = None if cfg.images else Dialogues(0, cfg.pictures, cfg.seed, 1, SIZES[vlm.family][:3])
+
+    def __len__(self):
+        return len(self.files or self.scenes)
+
+    def __getitem__(self, i):
+        if self.files:
+            image, lost = self.files[i]
+            return i, image, None, lost
+        image, turns = self.scenes[i]
+        return i, image, turns[1][0], []
+
+
+def oblong(image) -> str | None:
+    """Why no processor can use a picture: Qwen's refuses it, CLIP's would blow its short side up."""
+    w, h = image.size
+    return f"{w}x{h} pixels: expected a side of at most 200 times the other" if max(w, h) > 200 * min(w, h) else None
+
+
+def collate_shown(vlm: FrozenVLM, condition: int, cache=None):
+    """Items of Shown -> Batch; rows, for a selection inside the language model, ask in front of the image too."""
+    def build(items) -> Batch:
+        numbers, images, asked, lost = zip(*items)
+        rows = vlm.batch(images, [[(q, None)] for q in asked], "cpu", twice=True) if condition else None
+        return Batch(rows or vlm.pictures(images, "cpu"), rows, list(range(len(items))),
+                     tuple(name for each in lost for name in each), cache.units(numbers) if cache else None)
+    return build
+
+
+def recon_data(cfg, vlm: FrozenVLM):
+    """(items in the order of the epochs, collate); sets cfg.steps. Makes the cache of features first, if wished."""
+    data, cache = Shown(cfg, vlm), None
+    if cfg.cache_features:
+        key = {"fingerprint": vlm.fingerprint(), "dtype": cfg.dtype, "pictures": len(data),
+               "source": cfg.images or f"scenes of seed {cfg.seed}"}
+        cache = FeatureCache(cfg.cache_features, key, vlm.dtype)
+        missing = torch.utils.data.Subset(data, range(len(cache.shapes), len(data)))
+        loader = DataLoader(missing, cfg.batch, num_workers=cfg.workers, collate_fn=collate_shown(vlm, 0))
+        cache.fill(len(data), loader, lambda batch: vlm.encode(batch.pictures.to(vlm.device)))
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(data) / cfg.batch)
+    return data, collate_shown(vlm, cfg.condition, cache)
+
+
 def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, dict]:
-    """The frozen VLM's own loss on gated tokens. Noise and K depend on (seed, step) alone."""
+    """The loss and what to log of it. Noise and K depend on (seed, step) alone."""
     generator = torch.Generator(vlm.device).manual_seed(cfg.seed * 1_000_003 + step)
-    rows = batch.rows.to(vlm.device)
-    units = vlm.encode(batch.pictures.to(vlm.device)).rows(batch.owner)
-    v, valid = units.pad()
+    pictures = batch.pictures.to(vlm.device)
+    units = (batch.units or vlm.encode(pictures)).rows(batch.owner)
+    autocast = torch.autocast(vlm.device.type, torch.bfloat16, enabled=cfg.autocast)
+    if cfg.method == "recon":                          # Eq. (8) of its paper: no answer is read
+        if cfg.condition:
+            prompt = vlm.embed(batch.rows.to(vlm.device), units)
+            units = replace(units, feats=vlm.visual_states(prompt, cfg.condition))
+        with autocast:
+            loss, shown = selector(*units.pad(), vlm.pixels(pictures), units.grid, generator)
+        return loss, {k: round(x, 4) for k, x in shown.items()}
+    rows, (v, valid) = batch.rows.to(vlm.device), units.pad()
     tau = autoselect.temperature(step, cfg.steps, cfg)
-    if cfg.method == "autoselect":                     # Eq. (1)
+    if cfg.method == "autoselect":                     # Eq. (1): the frozen VLM's own loss on gated tokens
         keep = cfg.keep[step % len(cfg.keep)]
-        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=cfg.autocast):
+        with autocast:
             gated, a = selector(v, valid, keep, tau, generator)
         loss = vlm.loss(vlm.embed(rows, units, units.flat(gated)))
         shown = {"keep": keep}
     else:                                              # Eq. (15)
         g_text = stepprune.text_gate(step, cfg.text_steps)
-        with torch.autocast(vlm.device.type, torch.bfloat16, enabled=cfg.autocast):
+        with autocast:
             gated, a, episode, expected = selector(v, valid, *vlm.question(rows), tau, g_text, generator)
         nll, count = vlm.loss(vlm.embed(rows, units, units.flat(gated))), episode.count.float()
         weight = stepprune.length_weight(step, cfg.steps, cfg.length, cfg.length_end)
@@ -207,13 +293,29 @@ def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, di
     return loss, {k: round(x, 4) for k, x in shown.items()}
 
 
+def learning_rate(step: int, cfg) -> float:
+    """recon: its paper's three stages. The others: 50 steps of warm-up, then a cosine to 0."""
+    if cfg.method == "recon":
+        return cfg.lr * recon_selector.stage_rate(step, cfg.steps)
+    return cfg.lr * min(1., (step + 1) / 50) * (.5 + .5 * math.cos(math.pi * step / cfg.steps))
+
+
+def status(shown: dict, loss: float, norm: float) -> dict:
+    """What the progress bar shows: losses, how many tokens are kept and their spread, temperature, gradient norm."""
+    kept = f"{shown['K']:.0f}±{shown['K_sd']:.0f}" if "K" in shown else shown.get("keep", f"{shown.get('kept', 0):.0%}")
+    return {"loss": f"{loss:.3f}", "K": kept, "grad": f"{norm:.2f}",
+            **{k: shown[k] for k in ("tau", "feature", "image") if k in shown}}
+
+
 def train(cfg: TrainConfig) -> Path:
     """Train to the end, or on from the last checkpoint. Returns the run folder."""
     vlm = FrozenVLM.from_pretrained(cfg.model, getattr(torch, cfg.dtype), cfg.device)
-    run = open_run(cfg, vlm)
     torch.manual_seed(cfg.seed)
     selector = build_selector(cfg, vlm).to(cfg.device).train()
-    optim = torch.optim.AdamW(selector.parameters(), lr=cfg.lr, weight_decay=0.01)
+    if cfg.method == "recon":
+        shown, build = recon_data(cfg, vlm)
+    run = open_run(cfg, vlm)
+    optim = torch.optim.AdamW(selector.parameters(), lr=cfg.lr, weight_decay=0. if cfg.method == "recon" else .01)
     count = sum(p.numel() for p in selector.parameters())
     frozen = sum(p.numel() for p in vlm.parameters())
     print(f"{cfg.method} on {cfg.model}: {count / 1e6:.2f} M trainable beside {frozen / 1e6:.2f} M frozen, "
@@ -225,25 +327,33 @@ def train(cfg: TrainConfig) -> Path:
         selector.load_state_dict(state["selector"])
         optim.load_state_dict(state["optim"])
         print(f"resumed at step {first}")
-    data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns,
-                     SIZES[vlm.family][:3])
+    if cfg.method == "recon":
+        data = Epochs(shown, first * cfg.batch, cfg.steps * cfg.batch, cfg.seed)
+    else:
+        data = Dialogues(first * cfg.batch, cfg.steps * cfg.batch, cfg.seed, cfg.turns, SIZES[vlm.family][:3])
+        build = collate(vlm, each=cfg.method == "stepprune")
     if not first and cfg.method == "stepprune" and cfg.align:
         units = vlm.encode(vlm.batch(*map(list, zip(*(data[i] for i in range(min(64, len(data))))))))
         with torch.no_grad():
             selector.align(units.feats, vlm.project(units.feats))
+    loop(cfg, vlm, selector, optim, DataLoader(data, cfg.batch, num_workers=cfg.workers, collate_fn=build,
+                                               prefetch_factor=4 if cfg.workers else None), run, first)
+    write_whole(run / "selector.safetensors", lambda p: save_file(selector.state_dict(), p))
+    return run
+
+
+def loop(cfg, vlm, selector, optim, loader, run: Path, first: int) -> None:
+    """The steps from `first` on, logged line by line in run/log.jsonl, with a checkpoint now and then."""
     log = run / "log.jsonl"                            # lines after the checkpoint will be made again
     lines = log.read_text().splitlines()[:first] if log.exists() else []
     write_whole(log, lambda p: p.write_text("".join(line + "\n" for line in lines)))
-    loader = DataLoader(data, cfg.batch, num_workers=cfg.workers, prefetch_factor=4 if cfg.workers else None,
-                        collate_fn=collate(vlm, each=cfg.method == "stepprune"))
-    start = time.perf_counter()
+    start, lost = time.perf_counter(), set()
     with open(log, "a", buffering=1) as out:
         for step, batch in enumerate(bar := tqdm(loader, "train", initial=first, total=cfg.steps), first):
-            rate = min(1., (step + 1) / 50) * (.5 + .5 * math.cos(math.pi * step / cfg.steps))
-            optim.param_groups[0]["lr"] = cfg.lr * rate
+            optim.param_groups[0]["lr"] = learning_rate(step, cfg)
             loss, shown = train_step(selector, vlm, batch, cfg, step)
             if not torch.isfinite(loss):
-                raise RuntimeError(f"loss is {loss.item()} at step {step} (scenes {step * cfg.batch} and on): "
+                raise RuntimeError(f"loss is {loss.item()} at step {step} (pictures {step * cfg.batch} and on): "
                                    f"try a smaller --lr than {cfg.lr}; the last checkpoint is in {run}")
             optim.zero_grad(set_to_none=True)
             loss.backward()
@@ -251,13 +361,14 @@ def train(cfg: TrainConfig) -> Path:
             optim.step()
             out.write(json.dumps({"step": step, "loss": round(loss.item(), 5), "grad_norm": round(norm, 5),
                                   "seconds": round(time.perf_counter() - start, 2), **shown}) + "\n")
-            kept = f"{shown['K']:.0f}±{shown['K_sd']:.0f}" if "K" in shown else shown["keep"]
-            bar.set_postfix(loss=f"{loss.item():.3f}", K=kept, tau=shown["tau"], grad=f"{norm:.2f}")
+            bar.set_postfix(status(shown, loss.item(), norm))
+            for name in batch.lost:
+                if name not in lost:
+                    bar.write(f"left out, {name}")
+                lost.add(name)
             if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
                 save_checkpoint(run, step + 1, selector, optim)
-    write_whole(run / "selector.safetensors", lambda p: save_file(selector.state_dict(), p))
-    print(f"trained in {time.perf_counter() - start:.0f} s")
-    return run
+    print(f"trained in {time.perf_counter() - start:.0f} s" + (f"; {len(lost)} files left out" if lost else ""))
 
 
 def main(args=None) -> None:

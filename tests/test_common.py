@@ -480,3 +480,35 @@ def test_checkpointing_refuses_dropout(vlm):
     finally:
         vlm.lm.layers[1].self_attn.attention_dropout = 0.0
     assert not vlm.lm.training
+
+
+# ------------------------------------------------------------------------- what a training without text needs
+
+def test_pictures_are_the_pixels_of_a_batch_and_come_back_as_pictures(vlm, images):
+    """encode(pictures(...)) == encode(batch(...)); pixels() undoes the processor's patch order."""
+    batch, alone = vlm.batch(images, [[("what colour ?", None)]] * len(images)), vlm.pictures(images)
+    assert torch.equal(vlm.encode(batch).feats, vlm.encode(alone).feats)
+    for image, shown, (rows, columns) in zip(images, vlm.pixels(alone), vlm.encode(alone).grid):
+        h, w = shown.shape[1:]
+        assert h // rows == w // columns and shown.shape[0] == 3
+        if image.size != (w, h):                       # resized by the processor: not the same pixels
+            continue
+        plain = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).double()
+        for mine, theirs in zip(shown.double(), plain):
+            assert torch.corrcoef(torch.stack([mine.flatten(), theirs.flatten()]))[0, 1] > .999
+
+
+def test_asked_twice_the_question_stands_before_and_behind_the_image(vlm, images):
+    """Only then do the visual tokens' states inside the language model depend on it."""
+    states = {}
+    for twice in (False, True):
+        for question in ("what colour is the circle ?", "how many ?"):
+            batch = vlm.batch(images[:1], [[(question, "red")]], twice=twice)
+            ids = batch["input_ids"][0].tolist()
+            first = ids.index(vlm.image_id)
+            before, behind = (vlm.tokenizer.decode(part) for part in (ids[:first], ids[first:]))
+            assert (question in before) == twice and question in behind
+            assert vlm.tokenizer.decode(batch["labels"][batch["labels"] >= 0]).startswith("red")
+            states[twice, question] = vlm.visual_states(vlm.embed(batch, vlm.encode(batch)), 2)
+    once, asked = ([states[twice, q] for q in ("what colour is the circle ?", "how many ?")] for twice in (False, True))
+    assert torch.allclose(*once, atol=1e-9) and not torch.allclose(*asked, atol=1e-3)

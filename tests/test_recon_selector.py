@@ -24,6 +24,11 @@ def inputs(b=3, patches=(), seed=1):
     return v, torch.rand(b, 3, *SIZE, generator=g, dtype=torch.float64)
 
 
+def batch(v, pixels, grid=GRID):
+    """As forward() takes pictures that are all of one grid."""
+    return v, torch.ones(v.shape[:2], dtype=torch.bool), list(pixels), [grid] * len(v)
+
+
 # ---------------------------------------------------------------------------------------------------- equations
 
 def test_hard_mask_is_hard_forwards_and_soft_backwards():
@@ -42,11 +47,11 @@ def test_gumbel_noise_draws_from_the_softmax():
     net.selector.forward = lambda x, valid: logits.expand(*x.shape[:2], 2)
     net.cfg = replace(net.cfg, regulariser="plain")
     g = torch.Generator().manual_seed(0)
-    kept = [net(*inputs(8), GRID, g)[1]["kept"] for _ in range(60)]
+    kept = [net(*batch(*inputs(8)), g)[1]["kept"] for _ in range(60)]
     share, expected = sum(kept) / 60, logits.softmax(0)[1].item()
     assert abs(share - expected) < 3 * (expected * (1 - expected) / (60 * 96)) ** .5
     net.cfg = replace(net.cfg, estimator="softmax")
-    assert net(*inputs(8), GRID, g)[1]["kept"] == 1
+    assert net(*batch(*inputs(8)), g)[1]["kept"] == 1
 
 
 def test_the_dead_zone_is_flat_and_pulls_from_both_sides():
@@ -96,7 +101,7 @@ def test_the_picture_comes_back_in_its_own_size(grid, size):
 @pytest.mark.parametrize("patches", [(), (4,)])
 def test_every_parameter_learns_through_the_hard_mask(changes, patches):
     net = model(**changes).train()
-    loss, parts = net(*inputs(patches=patches), GRID, torch.Generator().manual_seed(0))
+    loss, parts = net(*batch(*inputs(patches=patches)), torch.Generator().manual_seed(0))
     loss.backward()
     assert 0 < parts["kept"] < 1
     assert not [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -104,17 +109,46 @@ def test_every_parameter_learns_through_the_hard_mask(changes, patches):
 
 def test_the_loss_is_the_printed_sum():
     net, (v, pixels) = model(estimator="softmax").eval(), inputs()
-    loss, parts = net(v, pixels, GRID)
+    loss, parts = net(*batch(v, pixels))
     valid = torch.ones(3, 12, dtype=torch.bool)
     logits = net.logits(v, valid)
     mask = (logits[..., 1] > logits[..., 0]).double()
     x = net.standardised(v, valid)
     rebuilt, picture = net.rebuild(x, mask, GRID, SIZE)
-    feature, image = (((a - b) ** 2).mean() ** .5 for a, b in ((rebuilt, x), (picture, pixels)))
+    feature, image = (((a - b) ** 2).flatten(1).mean(1).sqrt().mean() for a, b in ((rebuilt, x), (picture, pixels)))
     share = mask.mean()
     expected = feature + image + .1 * max(share, .6) - .1 * min(share, .1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
-    assert parts == pytest.approx({"feature": feature.item(), "image": image.item(), "kept": share.item()})
+    assert parts == pytest.approx({"feature": feature.item(), "image": image.item(), "kept": share.item(),
+                                   "pressure": .1 * max(share, .6) - .1 * min(share, .1)})
+
+
+def test_pictures_of_different_shapes_are_rebuilt_each_on_its_own_grid():
+    """A batch of mixed shapes has the mean of the errors that each picture has alone; padding counts for nothing."""
+    net, g = model().eval(), torch.Generator().manual_seed(3)
+    grids, sizes = [(3, 4), (2, 2), (3, 4), (4, 3)], [(18, 24), (12, 12), (18, 24), (24, 18)]
+    x = torch.randn(4, 12, 16, generator=g).double()
+    mask = torch.rand(4, 12, generator=g).round().double()
+    pixels = [torch.rand(3, *size, generator=g).double() for size in sizes]
+    alone = [net.errors(x[b:b + 1, :h * w], mask[b:b + 1, :h * w], [pixels[b]], [(h, w)])
+             for b, (h, w) in enumerate(grids)]
+    feature, image = net.errors(x, mask, pixels, grids)
+    assert torch.allclose(feature, torch.cat([f for f, _ in alone]))
+    assert torch.allclose(image, torch.cat([i for _, i in alone]))
+    other = x.clone()
+    other[1, 4:] = 99
+    assert torch.equal(feature, net.errors(other, mask, pixels, grids)[0])
+    assert not torch.equal(feature, net.errors(x.roll(1, 2), mask, pixels, grids)[0])
+
+
+def test_the_rate_warms_up_and_is_three_cosines():
+    rates = [rs.stage_rate(step, 1000) for step in range(1000)]
+    assert rates[0] == pytest.approx(1 / 50) and max(rates[50:60]) > .98 and min(rates) >= 0
+    for start, end in ((50, 600), (600, 800), (800, 1000)):
+        stage = rates[start:end]
+        assert stage == sorted(stage, reverse=True) and stage[-1] < 1e-3
+    assert rates[600] == rates[800] == 1 and rates[300] == pytest.approx(.5, abs=.01)
+    assert rs.stage_rate(0, 1) > 0
 
 
 def test_select_orders_by_logits_and_the_hard_mask_is_where_they_are_positive():
@@ -143,7 +177,7 @@ def test_of_two_copies_one_is_dropped():
     for _ in range(250):
         a, b = (torch.randn(64, 1, 16, generator=g) for _ in range(2))
         v = torch.cat([a, a, b, b], 1) + place         # tokens 0 and 1 are copies, so are 2 and 3
-        loss, _ = net(v, torch.zeros(64, 3, 4, 4), (2, 2), g)
+        loss, _ = net(*batch(v, torch.zeros(64, 3, 4, 4), (2, 2)), g)
         optim.zero_grad()
         loss.backward()
         optim.step()
