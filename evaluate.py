@@ -8,8 +8,6 @@ as JSON and Markdown beside three pictures. `--image photo.png --question "..."`
 
 import json
 import re
-import time
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -18,15 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 import autoselect
+import recon_selector
 import stepprune
 from baselines import cls_attention, random
 from benchmarks import scenes
-from common import FrozenVLM, Units, random_language_model
+from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
+from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_training
 from train import load_run, option, write_whole
 
@@ -63,29 +62,6 @@ class EvalConfig:
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
                                    choices=[*PUBLISHED])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
-
-
-class Clock:
-    """Milliseconds per item and stage, the mean over all calls."""
-
-    def __init__(self, device):
-        self.seconds, self.items, self.device = {}, {}, torch.device(device)
-
-    @contextmanager
-    def __call__(self, stage, items: int):
-        self._wait()
-        start = time.perf_counter()
-        yield
-        self._wait()
-        self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - start
-        self.items[stage] = self.items.get(stage, 0) + items
-
-    def _wait(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def ms(self, stage) -> float:
-        return 1e3 * self.seconds[stage] / self.items[stage]
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -288,72 +264,6 @@ def table(lines: list[dict]) -> str:
     return "\n".join(out)
 
 
-@torch.no_grad()
-def measure_speed(device: str, layers: int = 4, text: int = 60, repeats: int = 5) -> list[dict]:
-    """Prefill at 576, 192, 128 and 64 visual tokens and `text` text tokens, on a language model of LLaVA-1.5-7B's width
-    but `layers` layers, with random weights, and the selection of as many tokens: only the ratios mean something.
-
-    Times are means of `repeats`; FLOPs are counted (2 per multiply-add, attention in full).
-    """
-    clock, lm = Clock(device), random_language_model(layers).to(device)
-    auto = autoselect.AutoSelect(autoselect.Config()).to(device, torch.bfloat16).eval()
-    step = stepprune.StepPrune(stepprune.Config()).to(device, torch.bfloat16).eval()
-    v, lines = torch.randn(1, 576, 1024, device=device, dtype=torch.bfloat16), []
-    question = torch.randn(1, text, 4096, device=device, dtype=torch.bfloat16)
-    here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (v, question))
-    for k in tqdm([576, 192, 128, 64], "speed"):
-        x = torch.randn(1, k + text, 4096, device=device, dtype=torch.bfloat16)
-        with FlopCounterMode(display=False) as flops:
-            lm(inputs_embeds=x)
-        for _ in range(repeats):
-            with clock(f"prefill {k}", 1):
-                lm(inputs_embeds=x)
-            if k < 576:
-                with clock(f"autoselect {k}", 1):
-                    auto.select(v, keep=k)
-                with clock(f"stepprune {k}", 1):
-                    step.select(v, here, question, asked, least=k, most=k)
-        lines.append({"K": k, "flops": flops.get_total_flops(), "prefill_ms": clock.ms(f"prefill {k}"), **{
-            f"{name}_ms": clock.ms(f"{name} {k}") if k < 576 else 0. for name in ("autoselect", "stepprune")}})
-    return lines
-
-
-def speed_table(lines: list[dict], layers: int) -> str:
-    """Ratios to the unpruned prompt of the same run; the saved prefill is scaled to the real model's 32 layers."""
-    out = ["| K | prefill ms | speed-up | FLOPs ratio | AutoSelect ms | of the prefill saved by 32 layers | "
-           "StepPrune ms | of the prefill saved by 32 layers |", "|" + "---|" * 8]
-    full = lines[0]
-    for line in lines:
-        saved = (full["prefill_ms"] - line["prefill_ms"]) * 32 / layers
-        shares = (f"{line[f'{name}_ms']:.1f} | {100 * line[f'{name}_ms'] / saved:.1f} %" if saved else "- | -"
-                  for name in ("autoselect", "stepprune"))
-        out.append(f"| {line['K']} | {line['prefill_ms']:.0f} | {full['prefill_ms'] / line['prefill_ms']:.2f}x | "
-                   f"{full['flops'] / line['flops']:.2f}x | {' | '.join(shares)} |")
-    return "\n".join(out)
-
-
-@torch.no_grad()
-def measure_pointer(device: str, tokens=(576, 2880), batches=(1, 8), budgets=(16, 32, 48, 64), width: int = 1024,
-                    repeats: int = 3) -> str:
-    """StepPrune's time per image, as Markdown: the memory, made once, and the loop for K picks from it."""
-    net, clock = stepprune.StepPrune(stepprune.Config(width=width)).to(device, torch.bfloat16).eval(), Clock(device)
-    head = ["N", "batch", "memory ms", *(f"loop ms, K = {k}" for k in budgets), "ms per pick at the last K"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for n, b in tqdm([(n, b) for n in tokens for b in batches], "pointer"):
-        v, text = (torch.randn(b, *shape, device=device, dtype=torch.bfloat16) for shape in ((n, width), (20, 4096)))
-        here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (v, text))
-        for _ in range(repeats):
-            with clock(f"memory {n} {b}", b):
-                memory = net.memory(v, here, text, asked)
-            for k in budgets:
-                with clock(f"loop {n} {b} {k}", b):
-                    net.rollout(memory, here, least=k, most=k)
-        loops = [clock.ms(f"loop {n} {b} {k}") for k in budgets]
-        out.append("| " + " | ".join([str(n), str(b), f"{clock.ms(f'memory {n} {b}'):.1f}",
-                                      *(f"{x:.1f}" for x in loops), f"{loops[-1] / budgets[-1]:.2f}"]) + " |")
-    return "\n".join(out)
-
-
 def ablation_table(method: str, results: Path = Path("results")) -> str:
     """Every results/ablations/<method>/<variant>/evaluation.json against the method's own results, mean over seeds."""
     variants = sorted(p for p in (results / "ablations" / method).iterdir() if p.is_dir())
@@ -530,9 +440,21 @@ def main(args=None) -> list[dict]:
 
 
 def speed(cfg: EvalConfig) -> list[dict]:
-    """--speed: the tables of measure_speed and measure_pointer, printed and saved."""
-    lines, out = measure_speed(cfg.device), Path(cfg.out or "runs")
-    for name, text in (("speed", speed_table(lines, 4)), ("pointer", measure_pointer(cfg.device))):
+    """--speed: the tables of benchmarks/speed.py, printed and saved."""
+    auto, step = (net.to(cfg.device, torch.bfloat16).eval() for net in (
+        autoselect.AutoSelect(autoselect.Config()), stepprune.StepPrune(stepprune.Config())))
+
+    def pointed(v, question, k):
+        here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) for x in (v, question))
+        return step.select(v, here, question, asked, least=k, most=k)
+
+    def real_selector():
+        net = recon_selector.FeatureSelector(recon_selector.Config()).bfloat16()
+        return lambda v: net(v, torch.ones(v.shape[:2], dtype=torch.bool))
+    lines, out = measure_speed({"AutoSelect": lambda v, _, k: auto.select(v, keep=k), "StepPrune": pointed},
+                               cfg.device), Path(cfg.out or "runs")
+    for name, text in (("speed", speed_table(lines, 4)), ("pointer", measure_pointer(step, cfg.device)),
+                       ("flops", flops_table(real_selector))):
         print(f"\n{text}\n")
         write_whole(out / f"{name}.md", lambda p, text=text: p.write_text(text + "\n"))
     print(f"random weights, 4 layers of language model, {cfg.device}, {torch.get_num_threads()} threads")
