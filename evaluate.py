@@ -15,7 +15,6 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -23,16 +22,18 @@ import autoselect
 import recon_selector
 import stepprune
 from baselines import cls_attention, random
-from benchmarks import scenes
+from benchmarks import rebuild, scenes
+from benchmarks.folder import open_picture
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
 from common import FrozenVLM, Units
-from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_training
+from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
 from train import load_run, option, write_whole
 
 # the papers' ablations: average retention on LLaVA-1.5-7B over GQA, MMB, POPE and MME, at 192, 128 and 64 of 576
 # tokens; StepPrune's Table 4 has one budget. Quoted for their direction; the tiny world's figures are of another kind.
 PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.8, 93.2),
                             "global_denoiser": (95.9, 95.0, 92.7)},
+             "recon": {},
              "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
 
@@ -44,6 +45,7 @@ class EvalConfig:
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
         "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most"})
+    curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
         "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]"})
@@ -80,9 +82,15 @@ class Asked(NamedTuple):
 
 
 class Selector(NamedTuple):
-    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture."""
-    select: Callable
+    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture.
+
+    layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
+    question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
+    """
+    select: Callable | None
     each: bool = True
+    layer: int | None = None
+    budgets: tuple | None = None
 
 
 class Hit(NamedTuple):
@@ -126,14 +134,14 @@ def recall(keep, evidence) -> list[float]:
 
 
 @torch.no_grad()
-def ask(vlm, part, clock=None) -> tuple[Asked, dict]:
-    """The questions of some rows as Asked, and as the batch that the VLM answers."""
+def ask(vlm, part, clock=None, twice=False) -> tuple[Asked, dict]:
+    """The questions of some rows as Asked, and as the batch that the VLM answers; twice: before the image too."""
     owner = [b for b, row in enumerate(part) for _ in row.questions]
     asked = [q for row in part for q in row.questions]
     pixels = vlm.batch([row.image for row in part], [[(row.questions[0].question, None)] for row in part])
     with (clock or Clock(vlm.device))("vision", len(part)):
         units = vlm.encode(pixels)
-    batch = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked])
+    batch = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked], twice=twice)
     return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
 
 
@@ -146,30 +154,53 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     """
     results, clock = {}, Clock(vlm.device)
     torch.manual_seed(0)                               # of a random scorer and of the noise in a gate
+    turns = [("vanilla", 0), *((name, k) for name, s in selectors.items()
+                               for k in getattr(s, "budgets", None) or budgets)]
     for start in tqdm(range(0, len(rows), batch), "evaluate"):
         part = rows[start:start + batch]
         asked, questions = ask(vlm, part, clock)
+        inside = any(getattr(s, "layer", None) is not None for s in selectors.values())
+        doubled = ask(vlm, part, twice=True)[1] if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
-        for name, budget in [("vanilla", 0), *((name, k) for name in selectors for k in budgets)]:
+        for name, budget in turns:
             feats, keep, selector = None, None, selectors.get(name)
-            with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
-                if isinstance(selector, torch.nn.Module):                    # Figure 5: drowned, not removed
-                    v, valid = asked.pictures.pad()
-                    gated = asked.pictures.flat(selector(v, valid, budget)[0])
-                    feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
-                elif selector:
-                    keep = selector.select(asked, budget)
-            prompt = vlm.prune(questions, asked.units, keep) if keep else vlm.embed(questions, asked.units, feats)
-            answers = vlm.generate(prompt, max_new_tokens=4)
-            if start < 4 * batch:                      # the share that prefill has, on the first batches
-                with clock(f"prefill {name} {budget}", len(gold)):
-                    vlm.generate(prompt, max_new_tokens=1)
+            if getattr(selector, "layer", None) is not None:
+                answers, keep = within(vlm, doubled, asked.units, selector, name, budget, clock)
+            else:
+                with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
+                    if isinstance(selector, torch.nn.Module):                # Figure 5: drowned, not removed
+                        v, valid = asked.pictures.pad()
+                        gated = asked.pictures.flat(selector(v, valid, budget)[0])
+                        feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
+                    elif selector:
+                        keep = selector.select(asked, budget)
+                prompt = vlm.prune(questions, asked.units, keep) if keep else vlm.embed(questions, asked.units, feats)
+                answers = vlm.generate(prompt, max_new_tokens=4)
+                if start < 4 * batch:                  # the share that prefill has, on the first batches
+                    with clock(f"prefill {name} {budget}", len(gold)):
+                        vlm.generate(prompt, max_new_tokens=1)
             found = recall(keep, asked.evidence) if keep else [1.] * len(gold)
             kept = [len(k) for k in keep] if keep else [len(e) for e in asked.evidence]
             results.setdefault((name, budget), []).extend(
                 Hit(q.family, scenes.score(a, q.answer), r, k, things)
                 for (q, things), a, r, k in zip(gold, answers, found, kept))
     return results, clock
+
+
+def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock) -> tuple[list[str], list | None]:
+    """Answers and keep of a selection inside the language model; its prefill is timed with the selection in it."""
+    keeps = []
+
+    def rule(states, valid):
+        with clock(f"select {name} {budget}", len(states)):
+            keeps.append(selector.select(states, valid, budget))
+        return keeps[-1]
+    stages, prompt = {selector.layer: rule} if selector.layer else {}, vlm.embed(batch, units)
+    with clock(f"prefill {name} {budget}", len(units.grid)):
+        vlm.generate_within(prompt, stages, max_new_tokens=1)
+    clock.seconds.setdefault(f"select {name} {budget}", 0.)
+    clock.items.setdefault(f"select {name} {budget}", 1)
+    return vlm.generate_within(prompt, stages, max_new_tokens=4), keeps[-1] if keeps else None
 
 
 @torch.no_grad()
@@ -271,18 +302,22 @@ def ablation_table(method: str, results: Path = Path("results")) -> str:
     means = {name: {(line["method"].split(",")[0], line["K"]): line
                     for line in json.loads((path / "evaluation.json").read_text())
                     if "runs" in line and line["method"].startswith(method)} for name, path in files.items()}
-    budgets = sorted({k for _, k in means["base"]}, reverse=True)
+    budgets = sorted({k for _, k in means["base"] if isinstance(k, int)}, reverse=True)
     head = ["variant", *(f"K = {k}: retention, - base" for k in budgets), "published: retention, - base"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, lines in means.items():
         for kind in dict.fromkeys(kind for kind, _ in lines):
             cells = []
             for k in budgets:
+                if (kind, k) not in lines:             # a mask has no budget
+                    break
                 x, full = lines[kind, k], means["base"][method, k]
                 cells.append(f"{100 * x['retention']:.1f} ±{100 * x['retention_sd']:.1f}, "
                              f"{100 * (x['retention'] - full['retention']):+.1f}")
+            if not cells:
+                continue
             paper = PUBLISHED[method].get(name, ()) if kind == method else ()
-            quoted = [f"{p:.1f}, {p - q:+.1f}" for p, q in zip(paper, PUBLISHED[method]["base"])]
+            quoted = [f"{p:.1f}, {p - q:+.1f}" for p, q in zip(paper, PUBLISHED[method].get("base", ()))]
             out.append(f"| {name}{kind[len(method):]} | " + " | ".join(cells) + f" | {' / '.join(quoted) or '-'} |")
     return "\n".join(out)
 
@@ -304,24 +339,32 @@ def latest_run() -> str:
     return str(done[-1].parent)
 
 
-def answer_one(cfg: EvalConfig, vlm, selector, out: Path) -> None:
+def answer_one(cfg: EvalConfig, vlm, selector, config, out: Path) -> None:
     """--image, --question: the answer with all tokens and with each budget, and a picture of the kept patches."""
     try:
-        image = Image.open(cfg.image).convert("RGB")
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"cannot read --image {cfg.image}: {error}. Expected a picture, PNG or JPEG") from error
-    batch = vlm.batch([image], [[(cfg.question or "", None)]])
+        image = open_picture(cfg.image)
+    except ValueError as error:
+        raise ValueError(f"cannot read --image {error}. Expected a picture, PNG or JPEG") from error
+    layer = getattr(config, "condition", 0)
+    batch = vlm.batch([image], [[(cfg.question or "", None)]], twice=bool(layer))
     units = vlm.encode(batch)
-    biases = bias_of(cfg, vlm, selector)
+    biases, seen = bias_of(cfg, vlm, selector), states_of(vlm, batch, units, layer)
     print(f"all {sum(units.counts)} tokens: {vlm.generate(vlm.embed(batch, units))[0]}")
-    shown = [look(selector, units, vlm.question(batch), k, biases, cfg.max_keep) for k in cfg.budgets]
+    shown = [look(selector, seen, vlm.question(batch), k, biases, cfg.max_keep) for k in cfg.budgets]
     for k, (_, keep, _) in zip(cfg.budgets, shown):
         mean = f", for a mean of {k}" if biases else ""
-        print(f"{len(keep[0])} tokens{mean}: {vlm.generate(vlm.prune(batch, units, keep))[0]}")
+        answers = (vlm.generate_within(vlm.embed(batch, units), {layer: lambda *_, keep=keep: keep}) if layer else
+                   vlm.generate(vlm.prune(batch, units, keep)))
+        print(f"{len(keep[0])} tokens{mean}: {answers[0]}")
     path, n = out / "answer.png", len(cfg.budgets)
     scores, keeps, orders = (None if each[0] is None else [x[0] for x in each] for each in zip(*shown))
     draw_kept([image] * n, units.grid * n, scores, keeps, [cfg.question] * n, path, orders)
     print(f"drawn: {path}")
+
+
+def states_of(vlm, batch, units: Units, layer: int) -> Units:
+    """What a selector reads: the vision encoder's features, or the states behind a layer of the language model."""
+    return replace(units, feats=vlm.visual_states(vlm.embed(batch, units), layer)) if layer else units
 
 
 def longest(cfg: EvalConfig, selector) -> int:
@@ -362,6 +405,33 @@ def check(cfg: EvalConfig) -> tuple[list[str], str]:
     return runs, cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"]
 
 
+def beside_condition(layer: int) -> dict:
+    """What a selection inside the language model is compared with: nothing removed, and as many at random."""
+    def at_random(states, valid, k):
+        counts = valid.sum(1)
+        image_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
+        return random.select(Units(states[valid], image_of, [(1, n) for n in counts.tolist()]), k)
+    return {"asked twice": Selector(None, layer=0, budgets=("all",)), "random inside": Selector(at_random, layer=layer)}
+
+
+def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
+    """The ways in which a trained selector is asked: suffix of its name -> Selector, or AutoSelect's module, gated."""
+    if config.method == "stepprune":
+        kinds = {"": stepwise(selector, biases, longest(cfg, selector))}
+        if cfg.exact:
+            kinds[" exactly"] = stepwise(selector, biases, longest(cfg, selector), exact=True)
+        return kinds
+    if getattr(config, "condition", 0):
+        best = Selector(selector.select, layer=config.condition)
+        own = Selector(lambda states, valid, _: selector.select(states, valid), layer=config.condition)
+    else:
+        best = per_picture(lambda units, k: selector.select(*units.pad(), k))
+        own = per_picture(lambda units, _: selector.select(*units.pad()))
+    if config.method == "recon":
+        return {"": best, " mask": own._replace(budgets=("mask",))}
+    return {"": best, " gated": selector} if cfg.gated else {"": best}
+
+
 def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
     """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
     baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
@@ -372,15 +442,9 @@ def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dic
         print(f"{name}: left out, this vision encoder has no [CLS] token")
     groups = {}
     for name, (selector, config) in trained.items():
-        more = {}
-        if biases[name]:
-            more[""] = stepwise(selector, biases[name], longest(cfg, selector))
-            if cfg.exact:
-                more[" exactly"] = stepwise(selector, biases[name], longest(cfg, selector), exact=True)
-        else:
-            more[""] = per_picture(lambda units, k, selector=selector: selector.select(*units.pad(), k))
-            if cfg.gated:
-                more[" gated"] = selector
+        more = kinds_of(cfg, selector, config, biases[name])
+        if getattr(config, "condition", 0):
+            selectors |= beside_condition(config.condition)
         same = str({k: v for k, v in vars(config).items() if k not in ("seed", "run")})
         for kind, each in more.items():
             selectors[name + kind] = each
@@ -397,12 +461,14 @@ def main(args=None) -> list[dict]:
         print(text)
         return write_whole(Path(f"results/ablations/{cfg.ablations}.md"), lambda p: p.write_text(text + "\n"))
     runs, model = check(cfg)
+    if cfg.curves:
+        return draw_training(runs, Path(cfg.curves))
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
     trained = {str(run): load_run(run, vlm) for run in runs}
     if cfg.image:
-        return answer_one(cfg, vlm, trained[runs[0]][0], out)
+        return answer_one(cfg, vlm, *trained[runs[0]], out)
     biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
     rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
@@ -423,6 +489,10 @@ def main(args=None) -> list[dict]:
         text = adaptive_table(found)
         print(f"\n{text}")
         write_whole(out / "adaptive.md", lambda p: p.write_text(text + "\n"))
+    rebuilders = {name: selector for name, (selector, config) in trained.items()
+                  if config.method == "recon" and not config.condition}
+    if rebuilders:
+        report_rebuilding(cfg, vlm, rebuilders, rows, out)
     if cfg.pictures:
         draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
@@ -434,7 +504,7 @@ def main(args=None) -> list[dict]:
                       and config.method == trained[runs[0]][1].method]           # a shared selector has no log
             if logged:
                 draw_training(logged, out / "training.png")
-            draw_run(vlm, trained[runs[0]][0], rows[:64], cfg.budgets[-1], biases[runs[0]], cfg.max_keep, out)
+            draw_run(cfg, vlm, *trained[runs[0]], rows[:64], biases[runs[0]], out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
     return lines
 
@@ -463,17 +533,51 @@ def speed(cfg: EvalConfig) -> list[dict]:
 
 
 @torch.no_grad()
-def draw_run(vlm, selector, rows, k: int, biases: dict | None, most: int | None, out: Path) -> None:
+def draw_run(cfg: EvalConfig, vlm, selector, config, rows, biases: dict | None, out: Path) -> None:
     """Heat maps with kept patches of six scenes, and Figure 4's matrix over the square ones."""
     rows = [replace(row, questions=row.questions[b % len(row.questions):][:1]) for b, row in enumerate(rows)
             if row.image.size == rows[0].image.size]
-    asked, _ = ask(vlm, rows)
-    scores, keeps, orders = look(selector, asked.units, asked.question, k, biases, most)
-    titles = [r.questions[0].question if biases else f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]]
+    layer, reads = getattr(config, "condition", 0), bool(biases or getattr(config, "condition", 0))
+    asked, batch = ask(vlm, rows, twice=bool(layer))
+    units = states_of(vlm, batch, asked.units, layer)
+    scores, keeps, orders = look(selector, units, asked.question, cfg.budgets[-1], biases, cfg.max_keep)
+    titles = [r.questions[0].question if reads else f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]]
     draw_kept([r.image for r in rows[:6]], asked.units.grid[:6], scores[:6], keeps[:6], titles, out / "kept.png",
               orders[:6] if biases else None)
-    if not biases:
+    if not reads:
         draw_cosines(asked.units.pad()[0].flatten(2), scores, out / "cosines.png")
+
+
+def report_rebuilding(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pictures: int = 100) -> None:
+    """How well the kept tokens rebuild the rest beside as many random ones, and how still the mask stands when the
+    picture is cropped or its brightness changed: rebuild.md, stability.md, rebuilt.png."""
+    def cell(values, unit=1):
+        more = f" ±{unit * np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
+        return f"{unit * np.mean(values):.3g}{more}"
+    rows = rows[:pictures]
+    images, tokens = [row.image for row in rows], sum(vlm.encode(vlm.pictures([rows[0].image])).counts)
+    lines = ["| K | features: chosen | random | picture: chosen | random |", "|" + "---|" * 5]
+    for k in tqdm([round(share * tokens) for share in rebuild.SHARES], "rebuild"):
+        own, blind = ([rebuild.error(net, vlm, images, select) for net, select in choices] for choices in (
+            [(net, lambda units, net=net: net.select(*units.pad(), k)) for net in trained.values()],  # noqa: B023
+            [(net, lambda units: random.select(units, k)) for net in trained.values()]))              # noqa: B023
+        lines.append(f"| {k} | " + " | ".join(cell(x) for i in (0, 1) for x in (
+            [e[i] for e in own], [e[i] for e in blind])) + " |")
+    head = ["distortion", *(f"K = {k}: IoU of the masks" for k in cfg.budgets), *(f"K = {k}: retention"
+                                                                                  for k in cfg.budgets)]
+    still = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for how in rebuild.DISTORTIONS:
+        iou = rebuild.stability(vlm, trained, images, cfg.budgets, how)
+        moved = [replace(row, image=rebuild.distorted(row.image, how, b)[0]) for b, row in enumerate(rows)]
+        selectors = {name: per_picture(lambda units, k, net=net: net.select(*units.pad(), k))
+                     for name, net in trained.items()}
+        kept = {(x["method"], x["K"]): x["retention"] for x in summarise(*measure(vlm, selectors, moved, cfg.budgets))}
+        still.append(f"| {how} | " + " | ".join([cell(iou[k]) for k in cfg.budgets] + [
+            cell([kept[name, k] for name in trained], 100) for k in cfg.budgets]) + " |")
+    for name, text in (("rebuild", "\n".join(lines)), ("stability", "\n".join(still))):
+        print(f"\n{text}")
+        write_whole(out / f"{name}.md", lambda p, text=text: p.write_text(text + "\n"))
+    draw_rebuilt(images[:6], rebuild.shown(next(iter(trained.values())), vlm, images[:6]), out / "rebuilt.png")
 
 
 if __name__ == "__main__":

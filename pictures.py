@@ -15,11 +15,12 @@ def draw_curve(lines: list[dict], tokens: int, path: Path) -> None:
     """Average accuracy against kept tokens, one curve a method, the unpruned model as a line."""
     figure, axis = plt.subplots(figsize=(5, 3.6), layout="constrained")
     axis.axhline(100 * lines[0]["average"], color="grey", ls="--", label=f"all {tokens} tokens")
+    lines = [lines[0], *(line for line in lines[1:] if isinstance(line["K"], int))]            # not an own mask's
     for name in dict.fromkeys(line["method"] for line in lines[1:]):
-        points = sorted((line["K"], 100 * line["average"], 100 * line.get("average_sd", line["error"]))
+        points = sorted((line["kept"], 100 * line["average"], 100 * line.get("average_sd", line["error"]))
                         for line in lines if line["method"] == name)
         axis.errorbar(*zip(*points), marker="o", capsize=3, label=name)
-    axis.set(xlabel="kept tokens K", ylabel="accuracy, mean over families (%)",
+    axis.set(xlabel="kept tokens, mean", ylabel="accuracy, mean over families (%)",
              xticks=sorted({line["K"] for line in lines[1:]}))
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
@@ -66,16 +67,18 @@ def draw_adaptive(found: dict, path: Path) -> None:
 
 
 def draw_training(runs: list[str], path: Path) -> None:
-    """Loss, gradient norm and, where the selector decides, kept tokens at every step of the runs; means of 10 steps."""
+    """Loss and its parts, gradient norm and, where the selector decides, kept tokens at every step of the runs; means
+    of 10 steps."""
     logs = {run: [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()] for run in runs}
-    keys = [key for key in ("loss", "nll", "K", "grad_norm") if all(key in log[0] for log in logs.values())]
+    known = ("loss", "nll", "K", "feature", "image", "kept", "grad_norm")
+    keys = [key for key in known if all(key in log[0] for log in logs.values())]
     figure, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.8), layout="constrained", squeeze=False)
     for axis, key in zip(axes[0], keys):
         for run, log in logs.items():
             values = np.array([line[key] for line in log])
             smooth = np.convolve(values, np.ones(10) / 10, "valid") if len(values) > 20 else values
             axis.plot(np.arange(len(values) - len(smooth), len(values)), smooth, lw=1, label=Path(run).name)
-        axis.set(xlabel="step", title=key, yscale="linear" if key == "K" else "log")
+        axis.set(xlabel="step", title=key, yscale="linear" if key in ("K", "kept") else "log")
     axes[0, 0].legend(fontsize=6)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -100,3 +103,16 @@ def draw_cosines(feats: torch.Tensor, s: torch.Tensor, path: Path, most: int = 1
     plt.close(figure)
     off = ~torch.eye(most, dtype=torch.bool)
     return {"best": cosine[:most, :most][off].mean().item(), "worst": cosine[most:, most:][off].mean().item()}
+
+
+def draw_rebuilt(images, rows: dict, path: Path) -> None:
+    """A column a picture: itself, then per title in `rows` one (3, H, W) in [0, 1] or an image each."""
+    figure, axes = plt.subplots(1 + len(rows), len(images), figsize=(1.8 * len(images), 2 * (1 + len(rows))),
+                                layout="constrained", squeeze=False)
+    for line, (title, shown) in enumerate({"": images, **rows}.items()):
+        for axis, picture in zip(axes[line], shown):
+            axis.imshow(picture.permute(1, 2, 0).float().cpu().clamp(0, 1) if torch.is_tensor(picture) else picture)
+            axis.axis("off")
+        axes[line, 0].set_title(title, fontsize=8, loc="left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -24,7 +24,8 @@ def error(selector, vlm, images, select, batch: int = 32) -> tuple[float, float]
         mask = torch.zeros(valid.shape, device=v.device)
         for row, keep in zip(mask, select(units)):
             row[keep] = 1
-        found.append(torch.stack(selector.errors(selector.standardised(v, valid), mask, vlm.pixels(pictures), units.grid)))
+        x = selector.standardised(v, valid)
+        found.append(torch.stack(selector.errors(x, mask, vlm.pixels(pictures), units.grid)))
     feature, image = torch.cat(found, 1).mean(1).tolist()
     return feature, image
 
@@ -56,3 +57,38 @@ def overlap(keep, other, grid: tuple[int, int], size: tuple[int, int], box) -> f
     left, top, right, bottom = box
     part = F.interpolate(maps[0][None, None, top:bottom, left:right], (size[1], size[0]))[0, 0]
     return ((part * maps[1]).sum() / (part + maps[1]).clamp(max=1).sum()).item()
+
+
+@torch.no_grad()
+def stability(vlm, trained: dict, images, budgets, how: str) -> dict:
+    """K -> per selector the mean overlap() of its masks of each picture and of its distorted version."""
+    moved, boxes = zip(*(distorted(image, how, b) for b, image in enumerate(images)))
+    plain, other = (vlm.encode(vlm.pictures(list(pictures))) for pictures in (images, moved))
+    found = {k: [] for k in budgets}
+    for net in trained.values():
+        for k in budgets:
+            pairs = zip(net.select(*plain.pad(), k), net.select(*other.pad(), k), plain.grid, images, boxes)
+            found[k].append(float(np.mean([overlap(a, b, grid, image.size, box) for a, b, grid, image, box in pairs])))
+    return found
+
+
+@torch.no_grad()
+def shown(selector, vlm, images, shares=(0.5, 0.222, 0.056)) -> dict:
+    """Title -> per picture (3, H, W) in [0, 1]: what a share of the tokens shows, and what is rebuilt from it."""
+    batch = vlm.pictures(images)
+    units, pixels = vlm.encode(batch), vlm.pixels(batch)
+    v, valid = units.pad()
+    x, processor, rows = selector.standardised(v, valid), vlm.processor.image_processor, {}
+    mean, std = (torch.tensor(y, device=v.device)[:, None, None] for y in (processor.image_mean, processor.image_std))
+    for share in shares:
+        kept, rebuilt = [], []
+        for b, (grid, picture) in enumerate(zip(units.grid, pixels)):
+            n = grid[0] * grid[1]
+            mask = torch.zeros(1, n, device=v.device)
+            mask[0, selector.select(v[b:b + 1, :n], valid[b:b + 1, :n], round(share * n))[0]] = 1
+            near = F.interpolate(mask.view(1, 1, *grid), picture.shape[1:])[0]
+            again = selector.rebuild(x[b:b + 1, :n], mask, grid, picture.shape[1:])[1][0]
+            kept.append((picture.float() * std + mean) * near + .85 * (1 - near))
+            rebuilt.append(again.float() * std + mean)
+        rows |= {f"{share:.1%} of the tokens": kept, f"rebuilt from {share:.1%}": rebuilt}
+    return rows

@@ -76,13 +76,15 @@ def speed_table(lines: list[dict], layers: int) -> str:
 
 
 @torch.no_grad()
-def measure_pointer(net, device: str, tokens=(576, 2880), batches=(1, 8), budgets=(16, 32, 48, 64), repeats: int = 3) -> str:
+def measure_pointer(net, device: str, tokens=(576, 2880), batches=(1, 8), budgets=(16, 32, 48, 64),
+                    repeats: int = 3) -> str:
     """The time per image of net, a StepPrune, as Markdown: the memory, made once, and the loop for K picks from it."""
     clock, width, text_width = Clock(device), net.cfg.width, net.cfg.text_width
     head = ["N", "batch", "memory ms", *(f"loop ms, K = {k}" for k in budgets), "ms per pick at the last K"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for n, b in tqdm([(n, b) for n in tokens for b in batches], "pointer"):
-        v, text = (torch.randn(b, *shape, device=device, dtype=torch.bfloat16) for shape in ((n, width), (20, text_width)))
+        v, text = (torch.randn(b, *shape, device=device, dtype=torch.bfloat16)
+                   for shape in ((n, width), (20, text_width)))
         here, asked = (torch.ones(x.shape[:2], dtype=torch.bool, device=device) for x in (v, text))
         for _ in range(repeats):
             with clock(f"memory {n} {b}", b):
@@ -123,10 +125,13 @@ def flops_table(selector) -> str:
     """Table 1's TFLOPs beside three counts of ours, as Markdown. selector: builds blocks (1, 576, 1024) -> logits."""
     head = ["visual tokens", "paper prints", "its formula, 2 n d m", "... with the gate, 3 n d m",
             "counted, 2 per multiply-add, selector included"]
+    def language():
+        lm = random_language_model(32)
+        return lambda x: lm(inputs_embeds=x)
     out, blocks = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], 5 * counted_flops(selector, 1, 576, 1024)
     for n, printed in PRINTED.items():
         pruned = 2880 * (n < 2880)
-        counted = counted_flops(lambda: lambda x: random_language_model(32)(inputs_embeds=x), 1, n, 4096)
+        counted = counted_flops(language, 1, n, 4096)
         cells = [paper_flops(n, 2, pruned), paper_flops(n, 3, pruned), counted + blocks * (n < 2880)]
         out.append(f"| {n} | {printed} | " + " | ".join(f"{x / 1e12:.1f}" for x in cells) + " |")
     return "\n".join(out)

@@ -9,7 +9,9 @@ from PIL import Image
 from test_train import config, kill_at, same, weights, without_time
 from tiny_models import MODELS, llava
 
+import evaluate
 import train
+from benchmarks import rebuild, scenes, speed
 from benchmarks.folder import FeatureCache
 from common import FrozenVLM
 
@@ -146,3 +148,74 @@ def test_a_cache_gives_back_what_it_was_given(tmp_path):
     back = FeatureCache(tmp_path, {}, torch.bfloat16).units([2, 0])
     assert torch.equal(back.feats, torch.cat([units.feats[288:], units.feats[:144]])) and back.grid == [(12, 12)] * 2
     assert back.image_of.tolist() == [0] * 144 + [1] * 144
+
+
+# ------------------------------------------------------------------------------------------------- evaluate.py
+
+def test_evaluate_reports_rebuilding_and_stability(tmp_path, capsys):
+    runs = [str(train.train(recon(tmp_path / f"s{seed}", epochs=1, seed=seed))) for seed in (0, 1)]
+    lines = evaluate.main(["--run", *runs, "--n", "40", "--budgets", "16", "8", "--device", "cpu", "--out",
+                           str(tmp_path / "out"), "--methods", "random"])
+    kept = {(line["method"], line["K"]): line["kept"] for line in lines}
+    assert kept[runs[0], 16] == 16 and 1 <= kept[f"{runs[0]} mask", "mask"] <= 144
+    assert kept["recon mask, mean of 2", "mask"] > 1
+    rebuilt = (tmp_path / "out/rebuild.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rebuilt[2:]] == ["72", "58", "32", "16", "8"] and "±" in rebuilt[2]
+    still = (tmp_path / "out/stability.md").read_text().splitlines()
+    none = [cell.strip() for cell in still[2].split("|")[1:-1]]
+    assert none[:3] == ["none", "1 ±0", "1 ±0"] and still[3].startswith("| crop | 0.")
+    for name in ("curve.png", "kept.png", "cosines.png", "training.png", "rebuilt.png", "adaptive.png"):
+        assert Image.open(tmp_path / "out" / name).size[0] > 300
+    evaluate.main(["--run", *runs, "--curves", str(tmp_path / "curves.png")])
+    assert Image.open(tmp_path / "curves.png").size[0] > 900
+
+
+def test_evaluate_prunes_inside_the_language_model(tmp_path, capsys):
+    run = str(train.train(recon(tmp_path / "run", condition=2, epochs=1)))
+    asked = ["--run", run, "--budgets", "16", "--device", "cpu"]
+    lines = {(x["method"], x["K"]): x for x in evaluate.main([*asked, "--n", "40", "--methods", "random"])}
+    assert lines["asked twice", "all"]["kept"] == 144 and lines["random inside", 16]["kept"] == 16
+    assert lines[run, 16]["kept"] == 16 and lines[run, 16]["recall"] < 1 == lines["asked twice", "all"]["recall"]
+    assert (tmp_path / "run/kept.png").exists() and not (tmp_path / "run/cosines.png").exists()
+    scenes.load(1)[0].image.save(tmp_path / "photo.png")
+    evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
+    assert "16 tokens:" in capsys.readouterr().out
+
+
+def test_all_of_them_inside_is_the_question_twice_and_the_oracle_beats_random_there():
+    """The evaluator's loop inside the language model: nothing dropped changes no answer, evidence beats chance."""
+    vlm, rows = FrozenVLM.from_pretrained("tiny/llava", torch.float32), scenes.load(60)
+    selectors = evaluate.beside_condition(2)
+    selectors["everything"] = evaluate.Selector(lambda s, valid, k: [torch.arange(144)] * len(s), layer=2)
+    results, _ = evaluate.measure(vlm, selectors, rows, [24])
+    twice, everything = (results[key] for key in (("asked twice", "all"), ("everything", 24)))
+    assert [h.right for h in twice] == [h.right for h in everything]
+    right = [sum(h.right for h in results[key]) for key in (("asked twice", "all"), ("random inside", 24))]
+    assert right[0] > right[1] + 5
+
+
+def test_distortions_and_overlap_by_hand():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    assert rebuild.distorted(image, "none", 3)[0].tobytes() == image.tobytes()
+    bright, box = rebuild.distorted(image, "brightness", 3)
+    factor = np.asarray(bright, float).mean() / np.asarray(image, float).mean()
+    assert box == (0, 0, 60, 40) and .75 < factor < 1.25 and abs(factor - 1) > .01
+    for seed in range(20):
+        cropped, (left, top, right, bottom) = rebuild.distorted(image, "crop", seed)
+        assert cropped.size == image.size and 0 <= left <= 3 and 57 <= right <= 60 and 0 <= top <= 2 and bottom >= 38
+    with pytest.raises(ValueError, match="'blur' is none of"):
+        rebuild.distorted(image, "blur", 0)
+    keep, other = torch.tensor([0, 1]), torch.tensor([1, 2])
+    assert rebuild.overlap(keep, keep, (2, 2), (8, 8), (0, 0, 8, 8)) == 1
+    assert rebuild.overlap(keep, other, (2, 2), (8, 8), (0, 0, 8, 8)) == pytest.approx(1 / 3)
+    assert rebuild.overlap(keep, torch.tensor([0, 1, 2, 3]), (2, 2), (8, 8), (0, 0, 8, 4)) == 1   # the crop shows both
+
+
+def test_flops_by_the_papers_convention_and_counted():
+    table = evaluate.flops_table(lambda: lambda v: v @ v.mT).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[2:]]
+    for _, printed, _, gated, counted in cells:
+        assert abs(float(gated) - float(printed)) < .5 and 1.75 < float(counted) / float(gated) < 2.1
+    by_hand = 32 * (4 * 2880 * 4096**2 + 2 * 2880**2 * 4096 + 2 * 2880 * 4096 * 11008)
+    assert speed.paper_flops(2880) == by_hand and speed.paper_flops(2880, 2, 576) - by_hand == 4 * (
+        4 * 576 * 1024**2 + 2 * 576**2 * 1024 + 2 * 576 * 1024 * 4096)
