@@ -96,6 +96,21 @@ def test_stepprune_resumes_exactly_and_every_question_is_a_row(tmp_path, monkeyp
         assert valid[row].sum() == len(ids) and torch.equal(text[row][:len(ids)], vlm.lm.embed_tokens.weight[ids])
 
 
+@pytest.mark.parametrize("method", list(train.METHODS))
+def test_every_method_goes_through_the_same_code_on_qwen(tmp_path, method):
+    """Pictures of three shapes, units of four patches: trained, loaded again, and pruned to its own choice."""
+    run = train.train(config(tmp_path, method=method, model="tiny/qwen2_5_vl", steps=2, batch=3, max_steps=12))
+    qwen = FrozenVLM.from_pretrained("tiny/qwen2_5_vl")
+    selector, cfg = train.load_run(run, qwen)
+    rows = scenes.load(12, sizes=scenes.SIZES["qwen2_5_vl"])
+    asked, batch = evaluate.ask(qwen, rows)
+    kinds = evaluate.kinds_of(evaluate.EvalConfig(), selector, cfg, {6: 0.})
+    keep = kinds[""].select(asked, 6)
+    assert len(keep) == len(asked.owner) and {tuple(asked.units.grid[b]) for b in range(len(keep))} > {(12, 12)}
+    assert all(1 <= len(k) and (method == "stepprune" or len(k) == 6) for k in keep)
+    assert len(qwen.generate(qwen.prune(batch, asked.units, keep), 2)) == len(keep)
+
+
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "checkpoint.pt"
     path.write_text("old")
