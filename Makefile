@@ -16,9 +16,10 @@ lint: .venv/ready
 
 # What results/ holds, made again: every method and its ablations with three seeds, the model cards, speed.
 SEEDS := 0 1 2
-METHODS := autoselect stepprune
+METHODS := autoselect stepprune recon
 AUTO_VARIANTS := scale_gate global_denoiser random_scorer
 STEP_VARIANTS := causal last uniform alive batch_mean all_hops no_hops unaligned
+RECON_VARIANTS := plain softmax softmax_plain shallow deep short conditional
 scale_gate := --method autoselect --gate scale
 global_denoiser := --method autoselect --denoiser global
 random_scorer := --method autoselect --scorer random
@@ -30,13 +31,23 @@ batch_mean := --method stepprune --budget batch_mean
 all_hops := --method stepprune --hops -1
 no_hops := --method stepprune --hops 0
 unaligned := --method stepprune --align False
-.PHONY: results cards speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS)
+plain := --method recon --regulariser plain
+softmax := --method recon --estimator softmax
+softmax_plain := --method recon --estimator softmax --regulariser plain
+shallow := --method recon --layers 1
+deep := --method recon --layers 8
+short := --method recon --epochs 1
+conditional := --method recon --condition 2
+.PHONY: results cards speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
 results: $(METHODS) cards speed ablations pages
-stepprune: BESIDE = $(SEEDS:%=runs/autoselect_s%)
+stepprune: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
 stepprune: autoselect
+recon: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
+recon: private BUDGETS = --budgets 72 58 32 16 8
+recon: autoselect
 $(METHODS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --exact True --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
+	$(BIN)/python evaluate.py --n 2000 --exact True $(BUDGETS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
 	mkdir -p results/$@_tiny/selector
 	cp runs/$@_s0/config.json runs/$@_s0/selector.safetensors results/$@_tiny/selector
 cards: .venv/ready
@@ -46,13 +57,15 @@ cards: .venv/ready
 	$(BIN)/python evaluate.py --n 2000 --run runs/autoselect_qwen --out results/autoselect_tiny_qwen
 speed: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
-$(AUTO_VARIANTS) $(STEP_VARIANTS): .venv/ready
+$(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
+$(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
+	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False $(BUDGETS) \
 		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
-ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS)
+ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
 	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
 		--out results/ablations/autoselect/base --run $(SEEDS:%=runs/autoselect_s%)
 	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
+	$(BIN)/python evaluate.py --run $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --curves results/recon_tiny/collapse.png
 pages: .venv/ready
 	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"

@@ -162,8 +162,9 @@ def test_evaluate_reports_rebuilding_and_stability(tmp_path, capsys):
     rebuilt = (tmp_path / "out/rebuild.md").read_text().splitlines()
     assert [row.split("|")[1].strip() for row in rebuilt[2:]] == ["72", "58", "32", "16", "8"] and "±" in rebuilt[2]
     still = (tmp_path / "out/stability.md").read_text().splitlines()
-    none = [cell.strip() for cell in still[2].split("|")[1:-1]]
-    assert none[:3] == ["none", "1 ±0", "1 ±0"] and still[3].startswith("| crop | 0.")
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in still[2:]]
+    assert [row[:2] for row in cells] == [[how, k] for how in rebuild.DISTORTIONS for k in ("16", "8")]
+    assert cells[0][2] == "100 ±0" and 0 < float(cells[2][2].split()[0]) < 99
     for name in ("curve.png", "kept.png", "cosines.png", "training.png", "rebuilt.png", "adaptive.png"):
         assert Image.open(tmp_path / "out" / name).size[0] > 300
     evaluate.main(["--run", *runs, "--curves", str(tmp_path / "curves.png")])
