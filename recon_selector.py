@@ -16,11 +16,17 @@ Shapes  B images, N visual tokens, C width of a token between vision encoder and
         v (B, N, C) tokens F | logits (B, N, 2), 1 for keep | mask (B, N) M, 1 for kept | pixels (B, 3, H, W) I
         v (B, N, P, C) where P patches are merged into one token later: the selector sees their mean
 Read    downwards: the equations in the paper's order, then ReconSelector, which strings them together.
-Ours    - |x|_2 is the root of the mean square, so that alpha means the same for every number of tokens and pixels.
+Ours    - |x|_2 is the root of the mean square of a picture's tokens or pixels, so that alpha means the same for every
+          number of them. The paper's scale is not told: on the tiny world its alpha = 0.1 is too weak for ours, every
+          token is kept after 50 steps, nothing is ever rebuilt, and there is no way back; train.py takes 1.
         - Tokens are standardised per channel by running statistics (BatchNorm without weights).
-        - Positions are not added: the encoder's features carry them; E_masked is told apart by a learned position
-          of the grid, resized to any other grid, for two masked tokens would else be rebuilt alike.
+        - E_masked is told apart by a learned position of the grid, resized to any other grid, for two masked tokens
+          would else be rebuilt alike. The selector gets none: the encoder's features carry it.
         - Upsampling doubles while it fits into a patch, then resizes to the picture exactly.
+B.4     select(), scores() and forward() take any tokens. For the conditional selector v are the states of the visual
+        tokens behind a middle layer of the language model, with the question in front of the image, and what is not
+        kept is dropped there: common.py's generate_within().
+Crops   A picture in crops (LLaVA-NeXT) is as many rows: each is selected, and rebuilt, alone.
 """
 
 import math
