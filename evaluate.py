@@ -563,15 +563,16 @@ def report_rebuilding(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pict
             [(net, lambda units: random.select(units, k)) for net in trained.values()]))              # noqa: B023
         lines.append(f"| {k} | " + " | ".join(cell(x) for i in (0, 1) for x in (
             [e[i] for e in own], [e[i] for e in blind])) + " |")
-    still = ["| distortion | K | overlap of the masks | retention |", "|" + "---|" * 4]
+    still = ["| distortion | K | overlap of the masks | of a mask that does not move | retention |", "|" + "---|" * 5]
     selectors = {name: per_picture(lambda units, k, net=net: net.select(*units.pad(), k))
                  for name, net in trained.items()}
     for how in rebuild.DISTORTIONS:
         iou = rebuild.stability(vlm, trained, images, cfg.budgets, how)
         moved = [replace(row, image=rebuild.distorted(row.image, how, b)[0]) for b, row in enumerate(rows)]
         kept = {(x["method"], x["K"]): x["retention"] for x in summarise(*measure(vlm, selectors, moved, cfg.budgets))}
-        still += [f"| {how} | {k} | {cell(iou[k], 100)} | {cell([kept[name, k] for name in trained], 100)} |"
-                  for k in cfg.budgets]
+        for k in cfg.budgets:
+            columns = *iou[k], [kept[name, k] for name in trained]
+            still.append(f"| {how} | {k} | " + " | ".join(cell(x, 100) for x in columns) + " |")
     for name, text in (("rebuild", "\n".join(lines)), ("stability", "\n".join(still))):
         print(f"\n{text}")
         write_whole(out / f"{name}.md", lambda p, text=text: p.write_text(text + "\n"))

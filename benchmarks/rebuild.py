@@ -61,14 +61,17 @@ def overlap(keep, other, grid: tuple[int, int], size: tuple[int, int], box) -> f
 
 @torch.no_grad()
 def stability(vlm, trained: dict, images, budgets, how: str) -> dict:
-    """K -> per selector the mean overlap() of its masks of each picture and of its distorted version."""
+    """K -> (per selector the mean overlap() of its masks of each picture and of its distorted version; and what it
+    would be, had the mask stayed where it was while the picture moved)."""
     moved, boxes = zip(*(distorted(image, how, b) for b, image in enumerate(images)))
     plain, other = (vlm.encode(vlm.pictures(list(pictures))) for pictures in (images, moved))
-    found = {k: [] for k in budgets}
+    found = {k: ([], []) for k in budgets}
     for net in trained.values():
         for k in budgets:
-            pairs = zip(net.select(*plain.pad(), k), net.select(*other.pad(), k), plain.grid, images, boxes)
-            found[k].append(float(np.mean([overlap(a, b, grid, image.size, box) for a, b, grid, image, box in pairs])))
+            masks = list(zip(net.select(*plain.pad(), k), net.select(*other.pad(), k)))
+            for each, pairs in zip(found[k], (masks, [(a, a) for a, _ in masks])):
+                each.append(float(np.mean([overlap(*pair, grid, image.size, box) for pair, grid, image, box in
+                                           zip(pairs, plain.grid, images, boxes)])))
     return found
 
 
