@@ -493,6 +493,9 @@ def main(args=None) -> list[dict]:
                   if config.method == "recon" and not config.condition}
     if rebuilders:
         report_rebuilding(cfg, vlm, rebuilders, rows, out)
+    readers = {name: each for name, each in trained.items() if getattr(each[1], "condition", 0)}
+    if readers:
+        report_condition(cfg, vlm, readers, rows, out)
     if cfg.pictures:
         draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
@@ -548,12 +551,38 @@ def draw_run(cfg: EvalConfig, vlm, selector, config, rows, biases: dict | None, 
         draw_cosines(asked.units.pad()[0].flatten(2), scores, out / "cosines.png")
 
 
+def cell(values, unit: float = 100) -> str:
+    """Mean and, of several, standard deviation, as a table shows them."""
+    more = f" ±{unit * np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
+    return f"{unit * np.mean(values):.3g}{more}"
+
+
+@torch.no_grad()
+def report_condition(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pictures: int = 60) -> None:
+    """Does a conditional selector read the question? condition.md: how far its choices for two questions about one
+    picture are the same, and how much evidence they hold for their own question and for the other one."""
+    rows = [replace(row, questions=[row.questions[0], row.questions[-1]]) for row in rows[:pictures]
+            if len(row.questions) > 1]
+    found = {k: [] for k in cfg.budgets}
+    for selector, config in trained.values():
+        asked, batch = ask(vlm, rows, twice=True)
+        v, valid = states_of(vlm, batch, asked.units, config.condition).pad()
+        for k in cfg.budgets:
+            keep = selector.select(v, valid, k)
+            swapped = [keep[q ^ 1] for q in range(len(keep))]
+            same = [len(set(a.tolist()) & set(b.tolist())) for a, b in zip(keep, swapped)]
+            found[k].append([np.mean(same) / k, *(np.nanmean(recall(x, asked.evidence)) for x in (keep, swapped))])
+    head = ["K", "kept for both of two questions", "evidence for its own question", "for the other"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * 4]
+    lines += [f"| {k} | " + " | ".join(cell(x) for x in zip(*found[k])) + " |" for k in cfg.budgets]
+    print("\n" + "\n".join(lines))
+    write_whole(out / "condition.md", lambda p: p.write_text("\n".join(lines) + "\n"))
+
+
+@torch.no_grad()
 def report_rebuilding(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pictures: int = 100) -> None:
     """How well the kept tokens rebuild the rest beside as many random ones, and how still the mask stands when the
     picture is cropped or its brightness changed: rebuild.md, stability.md, rebuilt.png."""
-    def cell(values, unit=1):
-        more = f" ±{unit * np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
-        return f"{unit * np.mean(values):.3g}{more}"
     rows = rows[:pictures]
     images, tokens = [row.image for row in rows], sum(vlm.encode(vlm.pictures([rows[0].image])).counts)
     lines = ["| K | features: chosen | random | picture: chosen | random |", "|" + "---|" * 5]
@@ -561,7 +590,7 @@ def report_rebuilding(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pict
         own, blind = ([rebuild.error(net, vlm, images, select) for net, select in choices] for choices in (
             [(net, lambda units, net=net: net.select(*units.pad(), k)) for net in trained.values()],  # noqa: B023
             [(net, lambda units: random.select(units, k)) for net in trained.values()]))              # noqa: B023
-        lines.append(f"| {k} | " + " | ".join(cell(x) for i in (0, 1) for x in (
+        lines.append(f"| {k} | " + " | ".join(cell(x, 1) for i in (0, 1) for x in (
             [e[i] for e in own], [e[i] for e in blind])) + " |")
     still = ["| distortion | K | overlap of the masks | of a mask that does not move | retention |", "|" + "---|" * 5]
     selectors = {name: per_picture(lambda units, k, net=net: net.select(*units.pad(), k))
@@ -572,7 +601,7 @@ def report_rebuilding(cfg: EvalConfig, vlm, trained: dict, rows, out: Path, pict
         kept = {(x["method"], x["K"]): x["retention"] for x in summarise(*measure(vlm, selectors, moved, cfg.budgets))}
         for k in cfg.budgets:
             columns = *iou[k], [kept[name, k] for name in trained]
-            still.append(f"| {how} | {k} | " + " | ".join(cell(x, 100) for x in columns) + " |")
+            still.append(f"| {how} | {k} | " + " | ".join(cell(x) for x in columns) + " |")
     for name, text in (("rebuild", "\n".join(lines)), ("stability", "\n".join(still))):
         print(f"\n{text}")
         write_whole(out / f"{name}.md", lambda p, text=text: p.write_text(text + "\n"))

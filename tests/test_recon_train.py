@@ -177,6 +177,8 @@ def test_evaluate_prunes_inside_the_language_model(tmp_path, capsys):
     lines = {(x["method"], x["K"]): x for x in evaluate.main([*asked, "--n", "40", "--methods", "random"])}
     assert lines["asked twice", "all"]["kept"] == 144 and lines["random inside", 16]["kept"] == 16
     assert lines[run, 16]["kept"] == 16 and lines[run, 16]["recall"] < 1 == lines["asked twice", "all"]["recall"]
+    row = (tmp_path / "run/condition.md").read_text().splitlines()[2].split("|")
+    assert row[1].strip() == "16" and all(0 <= float(x) <= 100 for x in row[2:-1]), row
     assert (tmp_path / "run/kept.png").exists() and not (tmp_path / "run/cosines.png").exists()
     scenes.load(1)[0].image.save(tmp_path / "photo.png")
     evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
