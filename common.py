@@ -1,4 +1,4 @@
-"""Frozen LLaVA / Qwen2.5-VL with token pruning between the vision encoder and the projector.
+"""Frozen vision-language models with token pruning between the vision encoder and the projector.
 
 Only this file knows `transformers`. A selector sees `Units` and answers with indices, never the model.
 
@@ -11,12 +11,17 @@ Only this file knows `transformers`. A selector sees `Units` and answers with in
     vlm.generate_within(prompt, {layer: rule})  inference: visual tokens leave inside the language model, too
 
 A unit is what the language model reads as one visual token: a CLIP patch in LLaVA, a 2x2 block of patches
-in Qwen2.5-VL. Pruning here is exact: the logits are those of the full sequence with the dropped tokens hidden
-by the attention mask, because what stays keeps the rotary position it had there.
+in Qwen2.5-VL and InternVL. Pruning here is exact: the logits are those of the full sequence with the dropped tokens
+hidden by the attention mask, because what stays keeps the rotary position it had there.
+
+An image may reach the encoder as several views: crops in LLaVA-NeXT, tiles in InternVL, frames in the two video
+families, where images[b] is a list of frames. All views of a row are one image to a selector; one that chooses in every
+view by itself asks Units.apart() and hands its answer to Units.together().
 
 Shapes  B rows (= images), M units of all images together, N most units of one image, C vision width,
-        P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary.
-Extend  a further family is one more Adapter class and one more line in ADAPTERS.
+        P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary,
+        T views of all images together, S image tokens of the batch.
+Extend  a further family is one more subclass of Adapter, which says how, and one more line in ADAPTERS.
 """
 
 from collections.abc import Callable
@@ -30,18 +35,20 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     DynamicCache,
     LlamaConfig,
     LlamaModel,
     PreTrainedConfig,
     Qwen2_5_VLProcessor,
 )
+from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_causal_mask
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
 IGNORE = -100                                         # label of a token that is no answer
-PLAIN = ("llama", "qwen2_5_vl_text")                  # decoders that are no more than layers and a norm
+PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")          # decoders that are no more than layers and a norm
 
 
 @dataclass
@@ -50,14 +57,18 @@ class Units:
 
     feats     (M, C), or (M, P, C) where a unit has P patches: raster order, all images one after another
     image_of  (M,) int64, row of the batch that the unit belongs to, ascending
-    grid      (rows, columns) of units, for every image
+    grid      (rows, columns) of units, for every image; of one with several views, as if these stood one below another
     cls       (M,) float32 attention of [CLS] to the unit, mean over heads, in the layer that feats leave;
-              None for an encoder without [CLS] (Qwen2.5-VL)
+              None where the adapter has none (has_cls)
+    views     of every image, how many views it has; None if each has one
+    shown     (M,) bool, False for a unit without a token: padding that LLaVA-NeXT cuts off; None if each has one
     """
     feats: Tensor
     image_of: Tensor
     grid: list[tuple[int, int]]
     cls: Tensor | None = None
+    views: list[int] | None = None
+    shown: Tensor | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -69,7 +80,8 @@ class Units:
         return torch.cat([torch.arange(n, device=self.image_of.device) for n in self.counts])
 
     def pad(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(M, ...), by default feats -> (B, N, ...) with zeros behind shorter images, valid (B, N) bool."""
+        """(M, ...), by default feats -> (B, N, ...) with zeros behind shorter images, valid (B, N) bool: the units
+        that may be kept, that is not what stands behind a shorter image, nor a unit that is not shown."""
         x = self.feats if x is None else x
         if len(x) != len(self.image_of):
             raise ValueError(f"pad() got {len(x)} rows: expected one per unit, that is {len(self.image_of)}")
@@ -77,7 +89,7 @@ class Units:
         out = x.new_zeros(len(self.grid), max(self.counts), *x.shape[1:])
         valid = torch.zeros(out.shape[:2], dtype=torch.bool, device=x.device)
         out[self.image_of, column] = x
-        valid[self.image_of, column] = True
+        valid[self.image_of, column] = True if self.shown is None else self.shown
         return out, valid
 
     def flat(self, padded: Tensor) -> Tensor:
@@ -92,8 +104,32 @@ class Units:
         parts = [(self.image_of == b).nonzero().flatten() for b in owner]
         index, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
         image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
-        return Units(self.feats[index], image_of, [self.grid[b] for b in owner],
-                     None if self.cls is None else self.cls[index])
+        cls, shown = (None if x is None else x[index] for x in (self.cls, self.shown))
+        views = None if self.views is None else [self.views[b] for b in owner]
+        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], cls, views, shown)
+
+    def apart(self) -> "Units":
+        """The same units with every view an image of its own: for a selector that chooses in each by itself."""
+        if self.views is None:
+            return self
+        grid = [(rows // n, columns) for (rows, columns), n in zip(self.grid, self.views) for _ in range(n)]
+        sizes = torch.tensor([rows * columns for rows, columns in grid])
+        image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(self.image_of.device)
+        return replace(self, image_of=image_of, grid=grid, views=None)
+
+    def together(self, keep) -> list[Tensor]:
+        """What was kept of each view of apart(), one (K_t,) of indices a view -> the same as keep of these units."""
+        views, keep = self.views or [1] * len(self.grid), list(keep)
+        if len(keep) != sum(views):
+            raise ValueError(f"keep has {len(keep)} rows: expected one per view, that is {sum(views)}")
+        first = [i * (size // n) for size, n in zip(self.counts, views) for i in range(n)]
+        return [torch.cat(part) for part in _split([k + i for k, i in zip(keep, first)], views)]
+
+
+def _split(items: list, sizes: list[int]) -> list[list]:
+    """The first sizes[0] items, the next sizes[1], and so on."""
+    rest = iter(items)
+    return [[next(rest) for _ in range(n)] for n in sizes]
 
 
 @dataclass
@@ -101,7 +137,7 @@ class Prompt:
     """What enters the language model.
 
     embeds (B, L, D) | mask (B, L) int64, 0 on the left padding | pos (B, L), or (3, B, L) with M-RoPE
-    labels (B, L) int64, -100 on all but the answers | is_visual (B, L) bool
+    labels (B, L) int64, -100 on all but the answers | is_visual (B, L) bool: units, and newlines between them
     """
     embeds: Tensor
     mask: Tensor
@@ -127,12 +163,82 @@ class Prompt:
 Rule = Callable[[Tensor, Tensor], list[Tensor]]
 
 
-class LlavaAdapter:
-    """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
+class Adapter:
+    """What is special to one family. To add a family: subclass this, give it encode() and project(), override what
+    differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning exact.
 
-    processor_class = AutoProcessor
+    processor_class  whose from_pretrained() gives tokenizer, image processor and chat template
+    kind             what the chat template calls a picture: "image" or "video"; rows of a video are lists of frames
+    has_cls          whether encode() gives the attention of [CLS]
+    side, unit_side  units along a side of a view, 0 at native resolution; pixels along a side of a unit
+    """
+    processor_class, kind, has_cls, side = AutoProcessor, "image", False, 0
 
     def __init__(self, model):
+        self.model, self.config, vision = model.model, model.config, model.config.vision_config
+        self.width, patch = vision.hidden_size, vision.patch_size
+        self.unit_side = self.patch = patch if isinstance(patch, int) else patch[0]
+        self.token_id = getattr(self.config, f"{self.kind}_token_id")
+
+    def inputs(self, processor, images: list, text: list[str] | None = None, **how) -> BatchFeature:
+        """The processor's tensors of pictures in RGB and, if there is text, of the prompts around them."""
+        if text is None:
+            return processor.image_processor(images=images, return_tensors="pt")
+        return processor(images=images, text=text, **how)
+
+    def _spelled(self, processor, pixels, counts, text, how) -> BatchFeature:
+        """inputs() where the stock processor is of no use: in row b the image token is repeated counts[b] times."""
+        if text is None:
+            return pixels
+        token = processor.tokenizer.convert_ids_to_tokens(self.token_id)
+        text = [row.replace(token, token * n) for row, n in zip(text, counts)]
+        tokens = processor.tokenizer(text, **how)
+        return BatchFeature({name: tokens[name] for name in ("input_ids", "attention_mask")} | dict(pixels))
+
+    def written(self, tokenizer, token: str) -> str:
+        """What the prompt has where the chat template writes the image token."""
+        return token
+
+    def views(self, batch) -> list[int] | None:
+        """Of every image, how many views it has; None if each has one. All views of an image are of one size."""
+        return None
+
+    def tiles(self, batch) -> Tensor:
+        """(T, 3, H, W), what the encoder takes: all views, one after another."""
+        return batch["pixel_values"]
+
+    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor | None]:
+        """feats (M, C) or (M, P, C), (rows, columns) of units in every VIEW, cls (M,) or None."""
+        raise NotImplementedError(f"{type(self).__name__} needs encode(batch) -> feats, grid, cls")
+
+    def project(self, feats: Tensor, unit: Tensor) -> Tensor:
+        """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
+        return self.model.multi_modal_projector(feats)
+
+    def slots(self, batch) -> tuple[Tensor, Tensor] | None:
+        """unit (S,), line (S,) int64 for every image token, row by row; None if the i-th shows unit i.
+
+        unit: the one that it shows, -1 for a newline | line: the same number for a newline and for the units of the
+        line that it ends, -1 for a unit without. A newline stays if and only if a unit of its line is kept.
+        """
+        return None
+
+    def pixels(self, batch) -> list[Tensor]:
+        """(3, H, W), a view each."""
+        return list(self.tiles(batch))
+
+    def positions(self, batch) -> Tensor:
+        """(B, L), or (3, B, L) with M-RoPE, of the full prompt."""
+        return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+
+class LlavaAdapter(Adapter):
+    """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
+
+    has_cls = True
+
+    def __init__(self, model):
+        super().__init__(model)
         config, vision = model.config, model.config.vision_config
         layer, layers = config.vision_feature_layer, vision.num_hidden_layers
         strategy = config.vision_feature_select_strategy
@@ -143,13 +249,12 @@ class LlavaAdapter:
             raise ValueError(f"vision_feature_layer={layer}: expected one of the {layers} layers, such as -2")
         # hidden state 0 is the embedding, so the last of all states is the output of layer number `layers`
         self.depth = layer if layer > 0 else layers + 1 + layer
-        self.model, self.width = model.model, vision.hidden_size
-        self.side, self.unit_side = vision.image_size // vision.patch_size, vision.patch_size
+        self.side = vision.image_size // vision.patch_size
 
-    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor]:
-        """feats (M, C), grid, cls (M,). The layers above the feature layer do not run."""
+    def encode(self, batch):
+        """The layers above the feature layer do not run."""
         tower = self.model.vision_tower
-        x = tower.pre_layrnorm(tower.embeddings(batch["pixel_values"]))
+        x = tower.pre_layrnorm(tower.embeddings(self.tiles(batch)))
         for block in tower.encoder.layers[:self.depth]:
             before, x = x, block(x, attention_mask=None)
         cls = self._cls_row(block, block.layer_norm1(before))
@@ -165,14 +270,150 @@ class LlavaAdapter:
         row = torch.einsum("bhd,bkhd->bhk", q, k) * attention.scale                   # (B, H, 1 + N)
         return row.softmax(-1, dtype=torch.float32).mean(1)[:, 1:]
 
-    def pixels(self, batch) -> list[Tensor]:
-        return list(batch["pixel_values"])
 
-    def project(self, feats: Tensor) -> Tensor:
-        return self.model.multi_modal_projector(feats)
+class LlavaNextAdapter(LlavaAdapter):
+    """LLaVA-NeXT: LLaVA's tower on the whole picture and on crops; the crops' units stand in the prompt as the raster
+    of one large picture, without its padding, with a newline behind every row."""
 
-    def positions(self, batch) -> Tensor:
-        return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    def views(self, batch):
+        size = self.config.vision_config.image_size
+        best = [select_best_resolution(shape, self.config.image_grid_pinpoints)
+                for shape in batch["image_sizes"].tolist()]
+        return [1 + (h // size) * (w // size) for h, w in best]
+
+    def tiles(self, batch):
+        return torch.cat([x[:n] for x, n in zip(batch["pixel_values"], self.views(batch))])
+
+    def slots(self, batch):
+        views, size = self.views(batch), self.side ** 2
+        # the stock packer, run on the units' numbers, tells where it puts each and which it leaves out
+        numbers = torch.arange(sum(views) * size, device=batch["image_sizes"].device).view(-1, size, 1)
+        unit = torch.cat(self.model.pack_image_features(
+            numbers.split(views), batch["image_sizes"], "default", image_newline=-numbers.new_ones(1))[0]).flatten()
+        whole = torch.tensor([0, *views[:-1]], device=unit.device).cumsum(0)          # the view that is no crop
+        newline = unit < 0
+        line = newline.cumsum(0) - newline.long()
+        return unit, line.masked_fill(torch.isin(unit // size, whole), -1)
+
+
+class ImageOnlyProcessor(ProcessorMixin):
+    """Tokenizer, image processor and chat template, for families whose stock processor needs torchvision for videos."""
+
+    # transformers reads the parts to load from this signature
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+
+class InternVLAdapter(Adapter):
+    """InternVL3: InternViT on tiles and on the whole picture; a unit is the block of patches of one pixel shuffle."""
+
+    processor_class = ImageOnlyProcessor
+
+    def __init__(self, model):
+        super().__init__(model)
+        config, vision = model.config, model.config.vision_config
+        self.layer, self.merge = config.vision_feature_layer, round(1 / config.downsample_ratio)
+        if not isinstance(self.layer, int) or config.vision_feature_select_strategy != "default":
+            raise ValueError(f"InternVL with vision_feature_layer={self.layer}, select strategy "
+                             f"{config.vision_feature_select_strategy!r}: expected one layer, and 'default'")
+        self.unit_side = self.patch * self.merge
+        self.side = vision.image_size[0] // self.unit_side
+
+    def inputs(self, processor, images, text=None, **how):
+        pixels = processor.image_processor(images=images, crop_to_patches=True, return_tensors="pt")
+        return self._spelled(processor, pixels, [n * self.side ** 2 for n in self.views(pixels)], text, how)
+
+    def written(self, tokenizer, token):
+        return f"{tokenizer.start_image_token}{token}{tokenizer.end_image_token}"
+
+    def views(self, batch):
+        return batch["num_patches"].tolist()
+
+    def encode(self, batch):
+        found = self.model.vision_tower(self.tiles(batch), output_hidden_states=self.layer != -1)
+        x = (found.last_hidden_state if self.layer == -1 else found.hidden_states[self.layer])[:, 1:]
+        x = x.view(-1, self.side, self.merge, self.side, self.merge, self.width).transpose(2, 3)
+        return x.reshape(-1, self.merge ** 2, self.width), [(self.side, self.side)] * len(x), None
+
+    def project(self, feats, unit):
+        return self.model.multi_modal_projector(feats.flatten(1))
+
+
+class LlavaNextVideoAdapter(LlavaAdapter):
+    """LLaVA-NeXT-Video on frames: LLaVA's tower, whose patches are pooled, 2x2 to a unit. Still pictures are read as
+    videos of one frame, not cropped."""
+
+    processor_class, kind, newlines = ImageOnlyProcessor, "video", 0
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.pooled = self.side // self.config.spatial_pool_stride
+        self.unit_side = self.patch * self.config.spatial_pool_stride
+
+    def inputs(self, processor, images, text=None, **how):
+        """Raises ValueError unless all rows have the same number of frames."""
+        from transformers import CLIPImageProcessor  # not above: without torchvision it warns as soon as it is named
+
+        clips, given = [x if isinstance(x, list) else [x] for x in images], processor.image_processor
+        if len({len(clip) for clip in clips}) > 1:
+            raise ValueError(f"the rows have {[len(clip) for clip in clips]} frames: expected as many in each")
+        # the stock image processor would cut frames into crops
+        single = CLIPImageProcessor(
+            size=dict(given.size), resample=given.resample, image_mean=given.image_mean, image_std=given.image_std,
+            do_center_crop=bool(given.do_center_crop), crop_size=dict(given.crop_size or given.size))
+        x = single(images=sum(clips, []), return_tensors="pt")["pixel_values"].unflatten(0, (len(clips), -1))
+        count = x.shape[1] * self.pooled ** 2 + self.newlines
+        return self._spelled(processor, BatchFeature({"pixel_values": x}), [count] * len(clips), text, how)
+
+    def views(self, batch):
+        return [batch["pixel_values"].shape[1]] * len(batch["pixel_values"])
+
+    def tiles(self, batch):
+        return batch["pixel_values"].flatten(0, 1)
+
+    def encode(self, batch):
+        feats, grid, cls = super().encode(batch)
+        feats = self.model.vision_resampler(feats.view(len(grid), -1, self.width)).flatten(0, 1)
+        cls = F.avg_pool2d(cls.view(-1, 1, self.side, self.side), self.side // self.pooled).flatten()
+        return feats, [(self.pooled, self.pooled)] * len(grid), cls
+
+
+class LlavaOnevisionAdapter(LlavaNextVideoAdapter):
+    """LLaVA-OneVision (and LLaVA-Video) on frames: SigLIP. A token is a mixture of the 2x2 projected patches around
+    it; a unit is these patches before the projector. One newline ends the video."""
+
+    has_cls, newlines = False, 1
+
+    def __init__(self, model):
+        Adapter.__init__(self, model)
+        config, vision = model.config, model.config.vision_config
+        self.layer, self.side = config.vision_feature_layer, vision.image_size // self.patch
+        if not isinstance(self.layer, int) or config.vision_feature_select_strategy != "full":
+            raise ValueError(f"LLaVA-OneVision with vision_feature_layer={self.layer}, select strategy "
+                             f"{config.vision_feature_select_strategy!r}: expected one layer, and 'full'")
+        self.pooled = -(-self.side // 2)
+        self.unit_side = vision.image_size // self.pooled
+        # interpolation is linear: of the unit vectors, it gives the weights of all patches in every mixture
+        share = F.interpolate(torch.eye(self.side)[None].double(), self.pooled, mode="linear")[0].T
+        weight, at = share.topk(2)                     # (pooled, 2)
+        self.patches = (at[:, None, :, None] * self.side + at[None, :, None, :]).reshape(-1, 4)
+        self.weight = (weight[:, None, :, None] * weight[None, :, None, :]).reshape(-1, 4)
+
+    def encode(self, batch):
+        x = self.model.vision_tower(self.tiles(batch), output_hidden_states=True).hidden_states[self.layer]
+        return x[:, self.patches].flatten(0, 1), [(self.pooled, self.pooled)] * len(x), None
+
+    def project(self, feats, unit):
+        weight = self.weight.to(feats)[unit % self.pooled ** 2]
+        return (super().project(feats, unit) * weight[..., None]).sum(1)
+
+    def slots(self, batch):
+        if "input_ids" not in batch:                   # pictures alone: no token, but every unit will have one
+            return None
+        rows = len(batch["input_ids"])
+        unit = torch.arange(int((batch["input_ids"] == self.token_id).sum()) - rows, device=batch["input_ids"].device)
+        unit = F.pad(unit.view(rows, -1), (0, 1), value=-1)
+        return unit.flatten(), torch.arange(rows, device=unit.device).repeat_interleave(unit.shape[1])
 
 
 class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
@@ -186,20 +427,20 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
-class QwenAdapter:
+class QwenAdapter(Adapter):
     """Qwen2.5-VL: native resolution; a unit is a block of patches that the merger turns into one token."""
 
     processor_class = ImageOnlyQwenProcessor
 
     def __init__(self, model):
+        super().__init__(model)
         vision = model.config.vision_config
-        self.model, self.width, self.merge = model.model, vision.hidden_size, vision.spatial_merge_size
+        self.merge = vision.spatial_merge_size
         self.unit_side = vision.patch_size * self.merge
         self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
                            patch_size=vision.patch_size)
 
-    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], None]:
-        """feats (M, P, C), grid, no cls."""
+    def encode(self, batch):
         grid = batch["image_grid_thw"]
         feats = self.model.visual(batch["pixel_values"], grid_thw=grid).last_hidden_state
         # the encoder leaves its blocks in the order of its attention windows; selectors expect raster order
@@ -207,7 +448,7 @@ class QwenAdapter:
         feats = feats.view(-1, self.merge ** 2, self.width)[window.to(feats.device).argsort()]
         return feats, [(h // self.merge, w // self.merge) for _, h, w in grid.tolist()], None
 
-    def pixels(self, batch) -> list[Tensor]:
+    def pixels(self, batch):
         grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
         parts = batch["pixel_values"].split([h * w for _, h, w in grid])
         pictures = []
@@ -216,10 +457,10 @@ class QwenAdapter:
             pictures.append(x.permute(4, 0, 2, 5, 1, 3, 6).reshape(3, h * side, w * side))
         return pictures
 
-    def project(self, feats: Tensor) -> Tensor:
+    def project(self, feats, unit):
         return self.model.visual.merger(feats.flatten(0, 1))
 
-    def positions(self, batch) -> Tensor:
+    def positions(self, batch):
         """(3, B, L), from the FULL prompt: on pruned ids all positions behind the image would be wrong."""
         ids = batch["input_ids"]
         visual = (ids == self.model.config.image_token_id).int()
@@ -227,7 +468,9 @@ class QwenAdapter:
                                          attention_mask=batch["attention_mask"])[0]
 
 
-ADAPTERS = {"llava": LlavaAdapter, "qwen2_5_vl": QwenAdapter}
+ADAPTERS = {"llava": LlavaAdapter, "llava_next": LlavaNextAdapter, "qwen2_5_vl": QwenAdapter,
+            "internvl": InternVLAdapter, "llava_next_video": LlavaNextVideoAdapter,
+            "llava_onevision": LlavaOnevisionAdapter}
 
 
 class FrozenVLM(nn.Module):
@@ -238,9 +481,11 @@ class FrozenVLM(nn.Module):
         self.model, self.lm = model.requires_grad_(False).eval(), model.model.language_model
         self.adapter = ADAPTERS[model.config.model_type](model)
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.image_id = model.config.image_token_id
+        self.image_id = self.adapter.token_id
         self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
-        self.mark = self.tokenizer.convert_ids_to_tokens(getattr(model.config, "vision_start_token_id", self.image_id))
+        self.written = self.adapter.written(self.tokenizer, self.image_token)
+        start = getattr(model.config, "vision_start_token_id", None)
+        self.mark = self.written if start is None else self.tokenizer.convert_ids_to_tokens(start)
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         # Qwen's template ends an answer itself, LLaVA's does not, and a model must learn to stop
@@ -262,7 +507,8 @@ class FrozenVLM(nn.Module):
                                     "name on the Hugging Face hub; train or download it first") from error
         if family not in ADAPTERS:
             raise ValueError(f"{name!r} has model_type {family!r}: expected one of {', '.join(ADAPTERS)}; "
-                             "a further family needs an adapter in common.py")
+                             "a further family needs a subclass of Adapter in common.py, which says how, and a line "
+                             "in ADAPTERS there")
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn)
         return cls(model.to(device), ADAPTERS[family].processor_class.from_pretrained(name))
 
@@ -300,20 +546,19 @@ class FrozenVLM(nn.Module):
 
     def fingerprint(self) -> dict[str, str | int]:
         """What a selector's weights depend on: one that was trained for another backbone must be refused. Those that
-        never saw the language model depend on the entries vision_* and feature_layer alone. vision_side: of a square
-        grid of units, 0 for native resolution."""
+        never saw the language model depend on the entries vision_* and feature_layer alone. vision_side: of the square
+        grid of a view, before a video's pooling; 0 for native resolution."""
         config, vision = self.model.config, self.model.config.vision_config
-        return dict(model_type=config.model_type, vision_width=self.width, vision_patch=vision.patch_size,
-                    vision_side=getattr(self.adapter, "side", 0),
+        return dict(model_type=config.model_type, vision_width=self.width, vision_patch=self.adapter.patch,
+                    vision_side=self.adapter.side,
                     vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
                     feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
                     layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
 
     # --------------------------------------------------------------------------------------------------- text
 
-    @staticmethod
-    def _message(role: str, text: str, image: bool = False) -> dict:
-        return {"role": role, "content": [{"type": "image"}] * image + [{"type": "text", "text": text}]}
+    def _message(self, role: str, text: str, image: bool = False) -> dict:
+        return {"role": role, "content": [{"type": self.adapter.kind}] * image + [{"type": "text", "text": text}]}
 
     def _template(self, messages, generation: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.processor.chat_template,
@@ -324,7 +569,8 @@ class FrozenVLM(nn.Module):
         messages, heads, spans, text = [], [], [], ""
 
         def render(**how) -> str:
-            text = self._template(messages, **how)     # many templates write the image first, wherever it is put
+            text = self._template(messages, **how).replace(self.image_token, self.written)
+            # many templates write the image first, wherever it is put
             return text.replace(self.mark, f"{turns[0][0]} {self.mark}", 1) if twice else text
         for question, answer in turns:
             messages.append(self._message("user", question, image=not messages))
@@ -350,9 +596,11 @@ class FrozenVLM(nn.Module):
             raise ValueError(f"batch() got {len(images)} images and {len(turns)} dialogues: expected one of "
                              "each per row, and at least one row")
         for row, (image, dialogue) in enumerate(zip(images, turns)):
-            if not isinstance(image, Image.Image) or not dialogue:
+            frames = image if self.adapter.kind == "video" and isinstance(image, list) else [image]
+            if not frames or not all(isinstance(x, Image.Image) for x in frames) or not dialogue:
+                kind = "PIL image, or a list of them, its frames" if self.adapter.kind == "video" else "PIL image"
                 raise ValueError(f"row {row} has a {type(image).__name__} and {len(dialogue)} turns: expected a "
-                                 "PIL image, see Image.open(), and at least one (question, answer)")
+                                 f"{kind}, see Image.open(), and at least one (question, answer)")
             for k, (question, answer) in enumerate(dialogue):
                 where = f"turns[{row}][{k}]"
                 if not question.strip():
@@ -368,15 +616,19 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
+    @staticmethod
+    def _rgb(images: list) -> list:
+        return [[frame.convert("RGB") for frame in x] if isinstance(x, list) else x.convert("RGB") for x in images]
+
     def pictures(self, images: list[Image.Image], device=None):
         """The pixels of batch() alone: all that encode() and pixels() need."""
-        batch = self.processor.image_processor(images=[image.convert("RGB") for image in images], return_tensors="pt")
+        batch = self.adapter.inputs(self.processor, self._rgb(images))
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         return batch.to(self.device if device is None else device)
 
-    def batch(self, images: list[Image.Image], turns: list[list[tuple[str, str | None]]], device=None,
-              twice: bool = False):
-        """The tensors that the other methods take as `batch`: one image and dialogue per row.
+    def batch(self, images: list[Image.Image | list[Image.Image]], turns: list[list[tuple[str, str | None]]],
+              device=None, twice: bool = False):
+        """The tensors that the other methods take as `batch`: one image, or list of frames, and dialogue per row.
 
         device: the model's if None; a loader's worker process passes "cpu", for it must not touch the GPU.
         twice: the first question stands in front of the image too, so that visual tokens can attend to it.
@@ -390,8 +642,8 @@ class FrozenVLM(nn.Module):
         texts, spans = zip(*(self._dialogue(dialogue, twice) for dialogue in turns))
         # a template may bring the BOS token along; a second one would shift every position
         special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
-        batch = self.processor(images=[image.convert("RGB") for image in images], text=list(texts),
-                               padding=True, add_special_tokens=special, return_tensors="pt")
+        batch = self.adapter.inputs(self.processor, self._rgb(images), list(texts), padding=True,
+                                    add_special_tokens=special, return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         asked = self.tokenizer([" ".join(question for question, _ in dialogue) for dialogue in turns],
@@ -427,23 +679,39 @@ class FrozenVLM(nn.Module):
     # ------------------------------------------------------------------------------------------------- vision
 
     def num_units(self, batch) -> list[int]:
-        """Visual units of each row, read off the prompt: no encoder runs."""
-        return (batch["input_ids"] == self.image_id).sum(1).tolist()
+        """Units that each row shows, read off the prompt: no encoder runs."""
+        sizes = (batch["input_ids"] == self.image_id).sum(1).tolist()
+        return [int((unit >= 0).sum()) for unit in self._slots(batch)[0].split(sizes)]
+
+    def _slots(self, batch) -> tuple[Tensor, Tensor]:
+        """Adapter.slots(), written out where unit i stands at the i-th image token."""
+        n = int((batch["input_ids"] == self.image_id).sum())
+        given = self.adapter.slots(batch) or (torch.arange(n), torch.full((n,), -1))
+        return given[0].to(batch["input_ids"].device), given[1].to(batch["input_ids"].device)
 
     @torch.no_grad()
     def encode(self, batch) -> Units:
         """Run the vision encoder once; the projector does not run."""
         feats, grid, cls = self.adapter.encode(batch)
+        views, slots, shown = self.adapter.views(batch), self.adapter.slots(batch), None
+        if views is not None:
+            grid = [(sum(r for r, _ in part), part[0][1]) for part in _split(grid, views)]
         image_of = torch.arange(len(grid)).repeat_interleave(torch.tensor([r * c for r, c in grid]))
-        return Units(feats, image_of.to(feats.device), grid, cls)
+        if slots is not None:
+            shown = torch.isin(torch.arange(len(feats), device=feats.device), slots[0].to(feats.device))
+        return Units(feats, image_of.to(feats.device), grid, cls, views, shown)
 
     def pixels(self, batch) -> list[Tensor]:
-        """The pictures as the encoder sees them, (3, H, W) each: normalised, at the size that the units cover."""
-        return self.adapter.pixels(batch)
+        """The pictures as the encoder sees them, (3, H, W) each: normalised, at the size that the units cover. Several
+        views stand one below another, as Units.grid has them."""
+        pixels, views = self.adapter.pixels(batch), self.adapter.views(batch)
+        return pixels if views is None else [torch.cat(part, 1) for part in _split(pixels, views)]
 
-    def project(self, feats: Tensor) -> Tensor:
-        """(M, C) or (M, P, C) -> (M, D), the VLM's own projector. Differentiable."""
-        return self.adapter.project(feats.to(self.dtype))
+    def project(self, feats: Tensor, unit: Tensor | None = None) -> Tensor:
+        """(K, C) or (K, P, C) of the units (K,) int64, by default all M -> (K, D), the VLM's own projector.
+        Differentiable."""
+        unit = torch.arange(len(feats), device=feats.device) if unit is None else unit
+        return self.adapter.project(feats.to(self.dtype), unit)
 
     # ------------------------------------------------------------------------------------------------- prompt
 
@@ -454,16 +722,17 @@ class FrozenVLM(nn.Module):
             raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of units.feats, "
                              f"{tuple(units.feats.shape)}; Units.flat() undoes Units.pad()")
         kept = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
-        return self._prompt(batch, feats, kept)
+        return self._prompt(batch, units, feats, kept)
 
     def prune(self, batch, units: Units, keep: Tensor | list[Tensor]) -> Prompt:
         """The prompt with the kept units only. What stays keeps its original position; nothing is re-indexed.
 
         keep[b] holds ascending int64 indices into the units of image b: a (B, K) tensor, or a list of (K_b,)
-        tensors; K = 0 leaves no visual token. Raises ValueError when keep does not fit the units.
+        tensors; K = 0 leaves no visual token. A newline stays if and only if a unit of its line does. Raises
+        ValueError when keep does not fit the units, or names one that is not shown.
         """
         kept = self._kept(units, keep)
-        return self._prompt(batch, units.feats[kept], kept)
+        return self._prompt(batch, units, units.feats[kept], kept)
 
     @staticmethod
     def _kept(units: Units, keep, name: str = "keep") -> Tensor:
@@ -482,22 +751,32 @@ class FrozenVLM(nn.Module):
                 raise ValueError(f"{name}[{row}] = {index.tolist()}: expected strictly ascending indices; sort "
                                  "them and name each unit once")
             kept.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
-        return torch.cat(kept).to(units.feats.device)
+        kept = torch.cat(kept).to(units.feats.device)
+        if units.shown is not None and (lost := (kept & ~units.shown).nonzero().flatten().tolist()):
+            row = int(units.image_of[lost[0]])
+            raise ValueError(f"{name}[{row}] names {lost[0] - sum(units.counts[:row])}, a unit without a token: "
+                             "expected units that pad() calls valid")
+        return kept
 
-    def _prompt(self, batch, feats: Tensor, kept: Tensor) -> Prompt:
+    def _prompt(self, batch, units: Units, feats: Tensor, kept: Tensor) -> Prompt:
         """The prompt without the units that kept (M,) bool drops; feats has one row per kept unit."""
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        visual = ids == self.image_id
-        if int(visual.sum()) != len(kept):
-            raise ValueError(f"{len(kept)} units for a batch with {int(visual.sum())}: expected those that "
+        visual, (unit, line) = ids == self.image_id, self._slots(batch)
+        there = torch.ones_like(kept) if units.shown is None else units.shown
+        if not torch.equal(unit[unit >= 0].sort().values, there.nonzero().flatten()):
+            raise ValueError(f"{int(there.sum())} units for a batch with {int((unit >= 0).sum())}: expected those that "
                              "encode() gave for this very batch")
-        # unit i stands at the i-th image token, row by row: the one rule all families share
-        dropped = visual.masked_scatter(visual, ~kept)
-        visual, mask = visual & ~dropped, mask & ~dropped
+        shows = (unit >= 0) & kept[unit]
+        stays = shows | (unit < 0) & torch.isin(line, line[shows])
+        tokens = self.project(feats, kept.nonzero().flatten())[(kept.cumsum(0) - 1)[unit[shows]]]
         # detach: with activation checkpointing the embedding layer marks its output as wanting gradients
         embeds = self.lm.get_input_embeddings()(ids).detach()
-        embeds = embeds.masked_scatter(visual[..., None], self.project(feats))
-        return Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"), visual).only(mask)
+        if (unit < 0).any():
+            embeds = torch.where(visual[..., None], self.model.model.image_newline, embeds)
+        embeds = embeds.masked_scatter(visual.masked_scatter(visual, shows)[..., None], tokens)
+        left = visual.masked_scatter(visual, stays)
+        return Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"), left).only(
+            mask & (left | ~visual))
 
     # ----------------------------------------------------------------------------------------- language model
 
@@ -581,8 +860,8 @@ class FrozenVLM(nn.Module):
     def visual_states(self, prompt: Prompt, layer: int) -> Tensor:
         """(M, D) hidden states of all visual tokens after `layer` layers, 0 for none; the layers above do not run.
 
-        Row after row in raster order: what a rule in front of that layer gets, unpadded. Raises ValueError unless
-        0 <= layer < layers.
+        Row after row in the order of the prompt, with newlines: what a rule in front of that layer gets, unpadded.
+        Raises ValueError unless 0 <= layer < layers.
         """
         self._check_layers([layer], 0)
         return self._layers(prompt, self._no_keys(prompt, {}), {}, depth=layer).embeds[prompt.is_visual]
@@ -659,7 +938,8 @@ class FrozenVLM(nn.Module):
     def _check_layers(self, wanted, first: int) -> None:
         """Raises ValueError if a wanted layer is none of first .. layers - 1, or _layers() cannot run this model."""
         config, layers = self.lm.config, len(self.lm.layers)
-        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        kinds = set(getattr(config, "layer_types", None) or
+                    ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"])
         if config.model_type not in PLAIN or kinds != {"full_attention"}:
             raise ValueError(f"the language model is {config.model_type!r} with {', '.join(sorted(kinds))}: expected "
                              f"one of {', '.join(PLAIN)} with full_attention in every layer to prune inside")

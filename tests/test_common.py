@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import MODELS, llava
+from tiny_models import CLIP, MODELS, VIDEO, internvl, llava, llava_next, llava_next_video, llava_onevision
 from transformers import AutoModelForImageTextToText
 
+from baselines import random
 from common import IGNORE, FrozenVLM, Units
 from stepprune import Config as StepConfig
 from stepprune import StepPrune
@@ -18,7 +19,10 @@ SIZES = [(24, 40), (32, 24), (24, 24)]                 # height, width; three di
 QUESTIONS = ["what colour is the circle ?", "how many ?", "is the shape left of the red square ?"]
 ANSWERED = [[("what colour is the circle ?", "red"), ("how many ?", "two circle")], [("is the square blue ?", "yes")],
             [("how many are there ?", "three"), ("what shape ?", "square"), ("yes ?", "no")]]
-KEEP = [torch.tensor([0, 3, 7, 8]), torch.tensor([], dtype=torch.int64), torch.tensor([2])]
+GRIDS = {"llava": [(6, 6)] * 3, "qwen": [(3, 5), (4, 3), (3, 3)], "llava_next": [(3 * 4, 4), (4 * 4, 4), (3 * 4, 4)],
+         "internvl": [(3 * 3, 3), (3 * 3, 3), (3, 3)], "llava_next_video": [(2 * 3, 3)] * 3,
+         "llava_onevision": [(2 * 3, 3)] * 3}          # views stand one below another
+SHOWN = {"llava_next": [16 + 4 * 6, 16 + 10 * 4 - 16, 16 + 4 * 4]}            # the whole picture, the crops unpadded
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,22 +60,61 @@ def images():
     return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in SIZES]
 
 
-@pytest.fixture(scope="module")
-def asked(vlm, images):
-    return vlm.batch(images, [[(question, None)] for question in QUESTIONS])
+def rows_for(family, images):
+    """What batch() takes: the images, or for a video family each with a second frame."""
+    return [[image, image.rotate(180)] for image in images] if family in VIDEO else images
 
 
 @pytest.fixture(scope="module")
-def answered(vlm, images):
-    return vlm.batch(images, ANSWERED)
+def pictures(family, images):
+    return rows_for(family, images)
 
 
-def stock_inputs(batch):
-    return {name: value for name, value in batch.items() if name not in ("labels", "question_ids", "question_mask")}
+@pytest.fixture(scope="module")
+def asked(vlm, pictures):
+    return vlm.batch(pictures, [[(question, None)] for question in QUESTIONS])
+
+
+@pytest.fixture(scope="module")
+def answered(vlm, pictures):
+    return vlm.batch(pictures, ANSWERED)
+
+
+@pytest.fixture(scope="module")
+def keep(vlm, asked):
+    """Of the first row five units, for LLaVA-NeXT one of a crop among them, of the second none, of the third one."""
+    first, second, third = every(vlm.encode(asked))
+    return [first[[0, 3, 7, 8, -2]], second[:0], third[2:3]]
+
+
+def every(units):
+    return [valid.nonzero().flatten() for valid in units.pad(units.image_of)[1]]
+
+
+def token_id(stock):
+    return stock.config.video_token_id if stock.config.model_type in VIDEO else stock.config.image_token_id
+
+
+def stock_pixels(stock, batch):
+    pixels = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "image_sizes") if name in batch}
+    return {"pixel_values_videos": pixels["pixel_values"]} if stock.config.model_type in VIDEO else pixels
+
+
+def stock_inputs(stock, batch):
+    text = {name: batch[name] for name in ("input_ids", "attention_mask", "mm_token_type_ids") if name in batch}
+    return text | stock_pixels(stock, batch)
+
+
+def stock_features(stock, batch):
+    """(S, D), what the stock model puts in place of the image tokens."""
+    model = stock.model
+    make = model.get_video_features if stock.config.model_type in VIDEO else model.get_image_features
+    with torch.no_grad():
+        return torch.cat([x.flatten(0, -2) for x in make(**stock_pixels(stock, batch)).pooler_output])
 
 
 def stock_positions(stock, batch):
-    if stock.config.model_type == "llava":
+    if stock.config.model_type != "qwen2_5_vl":
         return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     ids = batch["input_ids"]
     return stock.model.get_rope_index(ids, (ids == stock.config.image_token_id).int(),
@@ -79,23 +122,35 @@ def stock_positions(stock, batch):
                                       attention_mask=batch["attention_mask"])[0]
 
 
-def visible_tokens(vlm, batch, keep):
-    """(B, L) bool: the tokens of the full prompt that pruning leaves, worked out row by row."""
+def units_at(vlm, stock, batch):
+    """For every row, the unit at each image token, -1 for a newline: told by the value of its stock feature."""
+    units, features = vlm.encode(batch), stock_features(stock, batch)
+    gap, unit = torch.cdist(features, vlm.project(units.feats), compute_mode="donot_use_mm_for_euclid_dist").min(1)
+    for feature in features[gap > 1e-9]:
+        torch.testing.assert_close(feature, stock.model.image_newline.data, **TOLERANCE)
+    unit = torch.where(gap > 1e-9, -1, unit - torch.tensor([0, *units.counts]).cumsum(0)[units.image_of[unit]])
+    return unit.split((batch["input_ids"] == token_id(stock)).sum(1).tolist())
+
+
+def visible_tokens(vlm, stock, batch, keep):
+    """(B, L) bool: the tokens of the full prompt that pruning leaves, worked out row by row, token by token."""
     visible = batch["attention_mask"].bool().clone()
-    for row, kept in enumerate(keep):
-        slots = (batch["input_ids"][row] == vlm.image_id).nonzero().flatten()
-        visible[row, slots] = False
-        visible[row, slots[kept]] = True
+    for row, (kept, units) in enumerate(zip(keep, units_at(vlm, stock, batch))):
+        stays, line = torch.isin(units, kept), []
+        for slot, unit in enumerate(units.tolist()):
+            if unit < 0:                               # a newline, for what came since the last
+                stays[slot], line = stays[line].any(), []
+            elif stock.config.model_type != "llava_next" or unit >= 16:         # the whole picture has no newlines
+                line.append(slot)
+        visible[row, batch["input_ids"][row] == token_id(stock)] = stays
     return visible
 
 
 def full_embeds(stock, batch):
     """What the stock model feeds its language model."""
-    pixels = {name: batch[name] for name in ("pixel_values", "image_grid_thw") if name in batch}
-    slots = (batch["input_ids"] == stock.config.image_token_id)[..., None]
+    slots = (batch["input_ids"] == token_id(stock))[..., None]
     with torch.no_grad():
-        features = torch.cat(list(stock.model.get_image_features(**pixels).pooler_output))
-        return stock.get_input_embeddings()(batch["input_ids"]).masked_scatter(slots, features)
+        return stock.get_input_embeddings()(batch["input_ids"]).masked_scatter(slots, stock_features(stock, batch))
 
 
 def hidden_logits(stock, embeds, positions, visible):
@@ -103,7 +158,7 @@ def hidden_logits(stock, embeds, positions, visible):
     length = embeds.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & visible[:, None, None]
     mask = mask | torch.eye(length, dtype=torch.bool)  # a hidden token sees itself: no row of NaN
-    mask = mask if stock.config.model_type == "llava" else {"full_attention": mask}
+    mask = {"full_attention": mask} if stock.config.model_type == "qwen2_5_vl" else mask
     with torch.no_grad():
         return stock(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
@@ -111,7 +166,7 @@ def hidden_logits(stock, embeds, positions, visible):
 def greedy_reference(vlm, stock, batch, keep, steps):
     """Greedy words from the full, masked sequence, each step from scratch, at positions behind the full prompt."""
     embeds, positions = full_embeds(stock, batch), stock_positions(stock, batch)
-    visible, tokens = visible_tokens(vlm, batch, keep), []
+    visible, tokens = visible_tokens(vlm, stock, batch, keep), []
     for _ in range(steps):
         tokens.append(hidden_logits(stock, embeds, positions, visible)[:, -1:].argmax(-1))
         embeds = torch.cat([embeds, stock.get_input_embeddings()(tokens[-1])], 1)
@@ -126,61 +181,63 @@ def decode(vlm, stock, tokens):
     return [vlm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
-def every(units):
-    return [torch.arange(n) for n in units.counts]
-
-
 # ------------------------------------------------------------------------------------------------- exactness
 
-def test_projected_units_are_the_stock_features(vlm, stock, asked):
-    pixels = {name: asked[name] for name in ("pixel_values", "image_grid_thw") if name in asked}
+def test_projected_units_are_the_stock_features(vlm, stock, asked, family):
+    units, expected = vlm.encode(asked), stock_features(stock, asked)
+    unit = torch.cat([row + first for row, first in zip(units_at(vlm, stock, asked),
+                                                        torch.tensor([0, *units.counts]).cumsum(0))])
+    newline = torch.cat(units_at(vlm, stock, asked)) < 0
+    assert newline.sum() == {"llava_next": 4 + 6 + 4, "llava_onevision": 3}.get(family, 0)
     with torch.no_grad():
-        expected = torch.cat(list(stock.model.get_image_features(**pixels).pooler_output))
-        found = vlm.project(vlm.encode(asked).feats)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
+        torch.testing.assert_close(vlm.project(units.feats)[unit[~newline]], expected[~newline], **TOLERANCE)
+        prompt = vlm.embed(asked, units)
+        torch.testing.assert_close(prompt.embeds[prompt.is_visual], expected, **TOLERANCE)
 
 
 def test_units_describe_the_images(vlm, asked, family):
     units = vlm.encode(asked)
-    assert units.grid == ([(6, 6)] * 3 if family == "llava" else [(3, 5), (4, 3), (3, 3)])
-    assert units.counts == vlm.num_units(asked)
+    assert units.grid == GRIDS[family]
+    assert [len(row) for row in every(units)] == vlm.num_units(asked) == SHOWN.get(family, units.counts)
     assert units.image_of.tolist() == [row for row, n in enumerate(units.counts) for _ in range(n)]
-    assert units.feats.shape == (sum(units.counts), *([] if family == "llava" else [4]), vlm.width)
+    patches = [4] if family in ("qwen", "internvl", "llava_onevision") else []
+    assert units.feats.shape == (sum(units.counts), *patches, vlm.width)
     assert not units.feats.requires_grad and vlm.embed(asked, units).embeds.shape[-1] == vlm.dim
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1, 3])
-def test_llava_takes_any_feature_layer(layer, tmp_path, images):
-    path = llava(tmp_path, vision_feature_layer=layer)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen"])
+def test_any_feature_layer_will_do(name, layer, tmp_path, images):
+    path = MODELS[name](tmp_path, vision_feature_layer=layer)
     vlm = FrozenVLM.from_pretrained(path, dtype=torch.float64)
     stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
-    batch = vlm.batch(images[:1], [[("how many ?", None)]])
-    with torch.no_grad():
-        expected = torch.cat(list(stock.model.get_image_features(batch["pixel_values"]).pooler_output))
-        torch.testing.assert_close(vlm.project(vlm.encode(batch).feats), expected, **TOLERANCE)
+    batch = vlm.batch(rows_for(name, images[:1]), [[("how many ?", None)]])
+    prompt = vlm.embed(batch, vlm.encode(batch))
+    torch.testing.assert_close(prompt.embeds[prompt.is_visual], stock_features(stock, batch), **TOLERANCE)
 
 
 def test_keeping_every_unit_changes_nothing(vlm, stock, asked):
     units, real = vlm.encode(asked), asked["attention_mask"].bool()
-    inputs = stock_inputs(asked)
-    if stock.config.model_type == "llava":             # its forward, unlike its generate, would count the padding
+    inputs = stock_inputs(stock, asked)
+    if stock.config.model_type != "qwen2_5_vl":        # forward, unlike generate, would count the padding
         inputs["position_ids"] = stock_positions(stock, asked)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
         for prompt in (vlm.embed(asked, units), vlm.prune(asked, units, every(units))):
             torch.testing.assert_close(vlm.logits(prompt)[real], expected[real], **TOLERANCE)
-    tokens = stock.generate(**stock_inputs(asked), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    tokens = stock.generate(**stock_inputs(stock, asked), max_new_tokens=6, do_sample=False, pad_token_id=0)
     assert vlm.generate(vlm.prune(asked, units, every(units)), 6) == decode(vlm, stock, tokens[:, real.shape[1]:])
 
 
-def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered):
-    units, visible = vlm.encode(answered), visible_tokens(vlm, answered, KEEP)
-    prompt = vlm.prune(answered, units, KEEP)
+def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered, keep, family):
+    units, visible = vlm.encode(answered), visible_tokens(vlm, stock, answered, keep)
+    prompt = vlm.prune(answered, units, keep)
     real, positions = prompt.mask.bool(), stock_positions(stock, answered)
     expected = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
     assert prompt.mask.sum(1).tolist() == visible.sum(1).tolist()
     assert (prompt.mask.diff(dim=1) >= 0).all()        # left padded
-    assert prompt.is_visual.sum(1).tolist() == [len(kept) for kept in KEEP]
+    newlines = {"llava_next": [1, 0, 0], "llava_onevision": [1, 0, 1]}.get(family, [0] * 3)
+    assert prompt.is_visual.sum(1).tolist() == [5 + newlines[0], 0, 1 + newlines[2]]
     torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -193,7 +250,7 @@ def test_what_stepprune_keeps_is_pruned_exactly(vlm, stock, answered):
     v, valid = units.pad()
     keep = policy.select(v, valid, *vlm.question(answered), stop_bias=.1)
     prompt = vlm.prune(answered, units, keep)
-    visible, real = visible_tokens(vlm, answered, keep), prompt.mask.bool()
+    visible, real = visible_tokens(vlm, stock, answered, keep), prompt.mask.bool()
     expected = hidden_logits(stock, full_embeds(stock, answered), stock_positions(stock, answered), visible)
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -217,33 +274,33 @@ def test_a_selector_reads_the_questions_and_nothing_else(vlm, answered, asked):
     assert one["question_ids"][0].tolist() == both
 
 
-def test_reindexed_positions_would_be_noticed(vlm, answered):
-    prompt = vlm.prune(answered, vlm.encode(answered), KEEP)
+def test_reindexed_positions_would_be_noticed(vlm, answered, keep):
+    prompt = vlm.prune(answered, vlm.encode(answered), keep)
     wrong = replace(prompt, pos=(prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos))
     real = prompt.mask.bool()
     with torch.no_grad():
         assert (vlm.logits(prompt) - vlm.logits(wrong))[real].abs().max() > 0.1
 
 
-def test_decoding_goes_on_behind_the_original_prompt(vlm, stock, asked):
+def test_decoding_goes_on_behind_the_original_prompt(vlm, stock, asked, keep):
     seen = []
     hook = vlm.lm.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["position_ids"][..., -1]), with_kwargs=True)
-    found = vlm.generate(vlm.prune(asked, vlm.encode(asked), KEEP), 6)
+    found = vlm.generate(vlm.prune(asked, vlm.encode(asked), keep), 6)
     hook.remove()
-    assert found == greedy_reference(vlm, stock, asked, KEEP, 6)
+    assert found == greedy_reference(vlm, stock, asked, keep, 6)
     assert max(len(text.split()) for text in found) >= 3              # else cached steps were hardly tested
     last = stock_positions(stock, asked)[..., -1]
     for step, positions in enumerate(seen):
         torch.testing.assert_close(positions, last + step)
 
 
-def test_a_row_in_a_batch_is_the_row_alone(vlm, images, answered):
-    together = vlm.prune(answered, vlm.encode(answered), KEEP)
+def test_a_row_in_a_batch_is_the_row_alone(vlm, pictures, answered, keep):
+    together = vlm.prune(answered, vlm.encode(answered), keep)
     losses = vlm.loss(together, "row")
-    for row in range(len(images)):
-        batch = vlm.batch(images[row:row + 1], ANSWERED[row:row + 1])
-        alone = vlm.prune(batch, vlm.encode(batch), KEEP[row:row + 1])
+    for row in range(len(pictures)):
+        batch = vlm.batch(pictures[row:row + 1], ANSWERED[row:row + 1])
+        alone = vlm.prune(batch, vlm.encode(batch), keep[row:row + 1])
         width = alone.mask.shape[1]
         assert alone.mask.all() and together.mask[row].sum() == width
         torch.testing.assert_close(together.pos[..., row, -width:], alone.pos[..., 0, :])
@@ -254,16 +311,16 @@ def test_a_row_in_a_batch_is_the_row_alone(vlm, images, answered):
 
 # ------------------------------------------------------------------------------------------ loss and gradients
 
-def test_loss_is_the_masked_reference(vlm, stock, answered):
-    visible = visible_tokens(vlm, answered, KEEP)
+def test_loss_is_the_masked_reference(vlm, stock, answered, keep):
+    visible = visible_tokens(vlm, stock, answered, keep)
     labels, positions = answered["labels"], stock_positions(stock, answered)
     logits = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
     rows = []
-    for row in range(len(KEEP)):
+    for row in range(len(keep)):
         # the token to the left predicts; in the full sequence that is a text token here, never a dropped one
         at = (labels[row] != IGNORE).nonzero().flatten()
         rows.append(-logits[row, at - 1].log_softmax(-1)[torch.arange(len(at)), labels[row, at]])
-    prompt = vlm.prune(answered, vlm.encode(answered), KEEP)
+    prompt = vlm.prune(answered, vlm.encode(answered), keep)
     torch.testing.assert_close(vlm.loss(prompt), torch.cat(rows).mean(), **TOLERANCE)
     torch.testing.assert_close(vlm.loss(prompt, "row"), torch.stack([row.mean() for row in rows]), **TOLERANCE)
     assert len({len(row) for row in rows}) > 1         # else the two means could not differ
@@ -286,7 +343,8 @@ def test_every_unit_gets_a_gradient_and_no_weight_does(vlm, answered):
     loss = vlm.loss(vlm.embed(answered, units, feats))
     loss.backward()
     assert not vlm.model.training
-    assert (feats.grad.flatten(1).norm(dim=1) > 0).all()
+    moved = feats.grad.flatten(1).norm(dim=1) > 0
+    assert torch.equal(moved, torch.ones_like(moved) if units.shown is None else units.shown)
     assert all(p.grad is None and not p.requires_grad for p in vlm.parameters())
     assert all(torch.equal(before[name], value) for name, value in vlm.state_dict().items())
 
@@ -327,9 +385,9 @@ def test_checkpointing_recomputes_and_changes_nothing(vlm, asked, answered):
 def test_labels_are_exactly_the_answers(name, tokens, tmp_path, images):
     vlm = FrozenVLM.from_pretrained(MODELS[name](tmp_path, tokens=tokens), dtype=torch.float64)
     turns = [[(question, f" {answer} ") for question, answer in row] for row in ANSWERED]     # blanks do not matter
-    batch = vlm.batch(images, turns)
+    batch = vlm.batch(rows_for(name, images), turns)
     labels = batch["labels"]
-    mark = vlm.tokenizer.eos_token_id                  # </s>, which LLaVA's template lacks; <|im_end|> for Qwen
+    mark = vlm.tokenizer.eos_token_id                  # </s>, which LLaVA's template lacks; <|im_end|> with Qwen's
     for row, turns in enumerate(ANSWERED):
         marked = labels[row] != IGNORE
         assert torch.equal(labels[row][marked], batch["input_ids"][row][marked])
@@ -337,22 +395,34 @@ def test_labels_are_exactly_the_answers(name, tokens, tmp_path, images):
         runs = [run for run in runs if (run != IGNORE).all()]
         assert [run[-1].item() for run in runs] == [mark] * len(turns)
         assert [vlm.tokenizer.decode(run[:-1]).strip() for run in runs] == [answer for _, answer in turns]
-    prompt = vlm.prune(batch, vlm.encode(batch), KEEP)
+    units = vlm.encode(batch)
+    prompt = vlm.prune(batch, units, [kept[:row] for row, kept in enumerate(every(units))])
     torch.testing.assert_close(prompt.labels[prompt.labels != IGNORE], labels[labels != IGNORE])
 
 
-def test_an_open_question_has_no_label_and_ends_where_the_answer_starts(vlm, images, asked):
+def test_the_prompt_is_spelled_as_the_family_wants_it(vlm, pictures, family):
+    """Where the stock processor is not used; the others spell it themselves."""
+    spelled = {"internvl": f"<|im_start|> user <img> {'<IMG_CONTEXT> ' * 27}</img> how many ? <|im_end|> "
+                           "<|im_start|> assistant",
+               "llava_next_video": f"user : {'<video> ' * 18}how many ? assistant :",
+               "llava_onevision": f"<|im_start|> user {'<video> ' * 19}how many ? <|im_end|> <|im_start|> assistant"}
+    batch = vlm.batch(pictures[:1], [[("how many ?", None)]])
+    if family in spelled:
+        assert vlm.tokenizer.decode(batch["input_ids"][0]) == spelled[family]
+
+
+def test_an_open_question_has_no_label_and_ends_where_the_answer_starts(vlm, pictures, asked):
     assert (asked["labels"] == IGNORE).all()
-    full = vlm.batch(images[:1], [[(QUESTIONS[0], "red")]])
+    full = vlm.batch(pictures[:1], [[(QUESTIONS[0], "red")]])
     start = (full["labels"][0] != IGNORE).nonzero()[0].item()
-    alone = vlm.batch(images[:1], [[(QUESTIONS[0], None)]])
+    alone = vlm.batch(pictures[:1], [[(QUESTIONS[0], None)]])
     assert torch.equal(full["input_ids"][0, :start], alone["input_ids"][0])
 
 
-def test_unknown_words_are_named(vlm, images):
+def test_unknown_words_are_named(vlm, pictures):
     assert vlm.unknown_words("is the zebra left of the yurt ? zebra") == ["zebra", "yurt"]
     with pytest.raises(ValueError, match="'zebra'.*words it knows are: what colour is the") as error:
-        vlm.batch(images[:1], [[("is the zebra red ?", None)]])
+        vlm.batch(pictures[:1], [[("is the zebra red ?", None)]])
     assert "<" not in str(error.value)                 # no special tokens among the words to choose from
 
 
@@ -365,14 +435,17 @@ def test_bytes_can_spell_anything(tmp_path):
 
 def test_cls_attention_is_the_eager_one(vlm, path, asked, family):
     found = vlm.encode(asked).cls
-    if family != "llava":
-        assert found is None
+    assert vlm.adapter.has_cls == (found is not None) == (family in ("llava", "llava_next", "llava_next_video"))
+    if found is None:
         return
     stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="eager")
-    rows = stock.model.vision_tower(asked["pixel_values"], output_attentions=True).attentions
+    layers = stock.model.vision_tower(vlm.adapter.tiles(asked), output_attentions=True).attentions
+    rows = [row[:, :, 0, 1:].mean(1).double() for row in layers]
+    if family == "llava_next_video":                   # 6x6 patches are 3x3 units of 2x2
+        rows = [row.view(-1, 3, 2, 3, 2).mean((2, 4)) for row in rows]
     # hidden state -2 comes out of the last layer but one
-    torch.testing.assert_close(found.double(), rows[-2][:, :, 0, 1:].mean(1).flatten().double(), rtol=0, atol=1e-6)
-    assert (found - rows[-1][:, :, 0, 1:].mean(1).flatten()).abs().max() > 1e-3
+    torch.testing.assert_close(found.double(), rows[-2].flatten(), rtol=0, atol=1e-6)
+    assert (found - rows[-1].flatten()).abs().max() > 1e-3
 
 
 def test_pad_and_flat_are_inverse():
@@ -390,13 +463,50 @@ def test_pad_and_flat_are_inverse():
         units.flat(torch.zeros(2, 4))
 
 
-def test_several_questions_share_one_encoded_image(vlm, images, asked):
+def test_apart_and_together_go_view_by_view():
+    units = Units(torch.arange(10.)[:, None], torch.tensor([0] * 6 + [1] * 4), [(6, 1), (2, 2)], views=[3, 1],
+                  shown=torch.arange(10) != 3)
+    apart = units.apart()
+    assert apart.grid == [(2, 1)] * 3 + [(2, 2)] and apart.image_of.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3]
+    assert apart.pad()[1].tolist() == [[True, True, False, False], [True, False, False, False],
+                                       [True, True, False, False], [True] * 4]
+    keep = units.together([torch.tensor(row, dtype=torch.int64) for row in ([1], [], [0, 1], [0, 3])])
+    assert [row.tolist() for row in keep] == [[1, 4, 5], [0, 3]]
+    with pytest.raises(ValueError, match="keep has 2 rows: expected one per view, that is 4"):
+        units.together(keep)
+
+
+def test_a_view_shows_in_its_own_units_and_pixels(vlm, asked, family):
+    last = {"llava": 0, "llava_next": (0, 2), "internvl": 2, "llava_next_video": (0, 1), "llava_onevision": (0, 1)}
+    if family not in last:                             # native resolution: one view, and other pixels
+        return
+    other = dict(asked, pixel_values=asked["pixel_values"].clone())
+    other["pixel_values"][last[family]] += 1
+    before, after = (vlm.encode(batch) for batch in (asked, other))
+    n = before.views[0] if before.views else 1
+    moved = (before.feats - after.feats).flatten(1).abs().amax(1) > 1e-6
+    assert torch.equal(moved, before.apart().image_of == n - 1)
+    views = [vlm.pixels(batch)[0].chunk(n, 1) for batch in (asked, other)]
+    assert [torch.equal(*pair) for pair in zip(*views)] == [True] * (n - 1) + [False]
+
+
+def test_several_questions_share_one_encoded_image(vlm, pictures, asked):
     owner = [2, 0, 0]
-    batch = vlm.batch([images[b] for b in owner], [[(question, None)] for question in QUESTIONS])
+    batch = vlm.batch([pictures[b] for b in owner], [[(question, None)] for question in QUESTIONS])
     shared, fresh = vlm.encode(asked).rows(owner), vlm.encode(batch)
-    assert shared.grid == fresh.grid and torch.equal(shared.image_of, fresh.image_of)
+    assert (shared.grid, shared.views) == (fresh.grid, fresh.views) and torch.equal(shared.image_of, fresh.image_of)
+    assert shared.shown is None if fresh.shown is None else torch.equal(shared.shown, fresh.shown)
     torch.testing.assert_close(shared.feats, fresh.feats, **TOLERANCE)
     assert shared.cls is None if fresh.cls is None else torch.allclose(shared.cls, fresh.cls, atol=1e-6)
+    expected = vlm.logits(vlm.embed(batch, fresh))
+    del batch["pixel_values"]                          # only the encoder needs them
+    torch.testing.assert_close(vlm.logits(vlm.embed(batch, shared)), expected, **TOLERANCE)
+
+
+def test_llava_and_llava_next_share_the_vision_half_of_the_fingerprint(tmp_path):
+    one, two = (FrozenVLM.from_pretrained(make(tmp_path / make.__name__, **how)).fingerprint() for make, how in (
+        (llava, dict(vision_config=CLIP | dict(image_size=16))), (llava_next, {})))
+    assert {key for key in one if one[key] != two[key]} == {"model_type"}
 
 
 def test_fingerprint_tells_backbones_apart(vlm, path, tmp_path):
@@ -423,14 +533,14 @@ def test_keep_is_checked(vlm, asked, keep, message):
 
 @pytest.mark.parametrize("turns, message", [
     ([], "1 images and 0 dialogues"),
-    ([[]], "row 0 has a Image and 0 turns"),
+    ([[]], "row 0 has a (Image|list) and 0 turns"),
     ([[("  ", "red")]], r"turns\[0\]\[0\] has the empty question '  '"),
     ([[("how many ?", None), ("how many ?", "two")]], r"turns\[0\]\[0\] has the answer None"),
     ([[("how many ?", " ")]], r"turns\[0\]\[0\] has the answer ' '"),
 ])
-def test_turns_are_checked(vlm, images, turns, message):
+def test_turns_are_checked(vlm, pictures, turns, message):
     with pytest.raises(ValueError, match=message):
-        vlm.batch(images[:1], turns)
+        vlm.batch(pictures[:1], turns)
 
 
 def test_batch_refuses_what_is_no_picture_or_places_it_twice(vlm):
@@ -440,12 +550,12 @@ def test_batch_refuses_what_is_no_picture_or_places_it_twice(vlm):
         vlm.batch([Image.new("RGB", (24, 24))], [[(f"how many {vlm.image_token} ?", None)]])
 
 
-def test_units_must_be_of_the_batch(vlm, images, asked):
+def test_units_must_be_of_the_batch(vlm, pictures, asked):
     units = vlm.encode(asked)
     with pytest.raises(ValueError, match="expected that of units.feats"):
         vlm.embed(asked, units, units.feats[:-1])
     with pytest.raises(ValueError, match="encode"):
-        vlm.embed(vlm.batch(images[:1], [[("how many ?", None)]]), units)
+        vlm.embed(vlm.batch(pictures[:1], [[("how many ?", None)]]), units)
 
 
 def test_loss_needs_answers(vlm, asked, answered):
@@ -463,13 +573,43 @@ def test_a_missing_or_foreign_checkpoint_is_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="no checkpoint at '.*nowhere': expected a folder"):
         FrozenVLM.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "gpt99"}')
-    with pytest.raises(ValueError, match="'gpt99': expected one of llava, qwen2_5_vl"):
+    with pytest.raises(ValueError, match="'gpt99': expected one of llava, llava_next, .*needs a subclass of Adapter"):
         FrozenVLM.from_pretrained(tmp_path)
 
 
-def test_llava_without_a_grid_of_units_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'full'"):
-        FrozenVLM.from_pretrained(llava(tmp_path, vision_feature_select_strategy="full"))
+@pytest.mark.parametrize("make, strategy", [(llava, "full"), (llava_next, "full"), (internvl, "full"),
+                                            (llava_next_video, "full"), (llava_onevision, "default")])
+def test_a_tower_without_a_grid_of_units_is_refused(make, strategy, tmp_path):
+    with pytest.raises(ValueError, match=f"strategy '{strategy}': expected"):
+        FrozenVLM.from_pretrained(make(tmp_path, vision_feature_select_strategy=strategy))
+
+
+def test_a_unit_that_llava_next_cuts_off_cannot_be_kept(tmp_path, images):
+    vlm = FrozenVLM.from_pretrained(llava_next(tmp_path), dtype=torch.float64)
+    batch = vlm.batch(images[1:], [[(question, None)] for question in QUESTIONS[1:]])
+    units = vlm.encode(batch)
+    lost = (~units.shown & (units.image_of == 1)).nonzero()[0] - units.counts[0]
+    with pytest.raises(ValueError, match=rf"keep\[1\] names {lost.item()}, a unit without a token"):
+        vlm.prune(batch, units, [torch.tensor([0]), lost])
+    most = min(len(row) for row in every(units))
+    for mine, shown in zip(random.select(units, most), every(units)):
+        assert len(mine) == most and torch.isin(mine, shown).all()
+
+
+def test_frames_are_for_video_families_and_as_many_in_each_row(tmp_path, images):
+    turns = [[("how many ?", None)]] * 2
+    video = FrozenVLM.from_pretrained(llava_next_video(tmp_path / "video"), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"the rows have \[2, 1\] frames: expected as many in each"):
+        video.batch([images[:2], images[2]], turns)
+    for wrong in ([], ["cat.png"]):
+        with pytest.raises(ValueError, match="row 1 has a list and 1 turns: expected a PIL image, or a list of them"):
+            video.batch([images[:2], wrong], turns)
+    stills = FrozenVLM.from_pretrained(llava(tmp_path / "still"), dtype=torch.float64)
+    with pytest.raises(ValueError, match="row 0 has a list and 1 turns: expected a PIL image, see"):
+        stills.batch([images[:2], images[0]], turns)
+    still, single = (video.batch(x, turns[:1]) for x in (images[:1], [images[:1]]))
+    assert torch.equal(still["pixel_values"], single["pixel_values"]) and video.num_units(still) == [9]
+    assert torch.equal(still["pixel_values"][0], stills.pictures(images[:1])["pixel_values"])
 
 
 def test_checkpointing_refuses_dropout(vlm):
@@ -484,26 +624,26 @@ def test_checkpointing_refuses_dropout(vlm):
 
 # ------------------------------------------------------------------------- what a training without text needs
 
-def test_pictures_are_the_pixels_of_a_batch_and_come_back_as_pictures(vlm, images):
+def test_pictures_are_the_pixels_of_a_batch_and_come_back_as_pictures(vlm, pictures):
     """encode(pictures(...)) == encode(batch(...)); pixels() undoes the processor's patch order."""
-    batch, alone = vlm.batch(images, [[("what colour ?", None)]] * len(images)), vlm.pictures(images)
+    batch, alone = vlm.batch(pictures, [[("what colour ?", None)]] * len(pictures)), vlm.pictures(pictures)
     assert torch.equal(vlm.encode(batch).feats, vlm.encode(alone).feats)
-    for image, shown, (rows, columns) in zip(images, vlm.pixels(alone), vlm.encode(alone).grid):
+    for image, shown, (rows, columns) in zip(pictures, vlm.pixels(alone), vlm.encode(alone).grid):
         h, w = shown.shape[1:]
         assert h // rows == w // columns and shown.shape[0] == 3
-        if image.size != (w, h):                       # resized by the processor: not the same pixels
+        if isinstance(image, list) or image.size != (w, h):          # resized by the processor: not the same pixels
             continue
         plain = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).double()
         for mine, theirs in zip(shown.double(), plain):
             assert torch.corrcoef(torch.stack([mine.flatten(), theirs.flatten()]))[0, 1] > .999
 
 
-def test_asked_twice_the_question_stands_before_and_behind_the_image(vlm, images):
+def test_asked_twice_the_question_stands_before_and_behind_the_image(vlm, pictures):
     """Only then do the visual tokens' states inside the language model depend on it."""
     states = {}
     for twice in (False, True):
         for question in ("what colour is the circle ?", "how many ?"):
-            batch = vlm.batch(images[:1], [[(question, "red")]], twice=twice)
+            batch = vlm.batch(pictures[:1], [[(question, "red")]], twice=twice)
             ids = batch["input_ids"][0].tolist()
             first = ids.index(vlm.image_id)
             before, behind = (vlm.tokenizer.decode(part) for part in (ids[:first], ids[first:]))

@@ -1,7 +1,9 @@
-"""Tiny random checkpoints of the real LLaVA and Qwen2.5-VL classes, on disk, for FrozenVLM.from_pretrained().
+"""Tiny random checkpoints of the real classes of every family, on disk, for FrozenVLM.from_pretrained().
 
 The weights are scaled up on purpose: at the usual initialisation a random model says the same whatever it is
 given, so a wrong position or mask would hide below any tolerance. Here it moves a logit by about 1.
+
+Seeds other than 0: with 0 the model would say too much of the same for a test of where answers stop.
 """
 
 import string
@@ -10,8 +12,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
@@ -19,7 +33,7 @@ from transformers import (
     Qwen2VLImageProcessor,
 )
 
-from common import ImageOnlyQwenProcessor
+from common import ImageOnlyProcessor, ImageOnlyQwenProcessor
 
 WORDS = ("what colour is the shape how many are there red green blue one two three circle square left of ? yes no "
          "user assistant :")
@@ -38,6 +52,12 @@ QWEN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 QWEN_MARKS = dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_bos_token="<|vision_start|>",
                   vision_eos_token="<|vision_end|>", turn_token="<|im_start|>", end_token="<|im_end|>")
+
+# InternVL's, LLaVA-OneVision's: the image token alone, InternVL's processor puts <img> and </img> around it
+INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace("<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n")
+ONEVISION_TEMPLATE = INTERNVL_TEMPLATE.replace("'image'", "'video'").replace("<IMG_CONTEXT>", "<video>")
+CLIP = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+            num_attention_heads=2, patch_size=4, projection_dim=16)
 
 
 def _tokenizer(marks: dict[str, str], eos: str, kind: str) -> PreTrainedTokenizerFast:
@@ -67,7 +87,7 @@ def _save(model, processor, folder, seed: int) -> str:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             fan = 1 if "embedding" in name or "embed_tokens" in name else weight[0].numel()
-            if weight.ndim > 1 or "class_embedding" in name:              # norms and biases stay as they are
+            if weight.ndim > 1 or "class_embedding" in name or "newline" in name:     # norms and biases stay
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * fan ** -0.5)
     model.double().save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -77,10 +97,8 @@ def _save(model, processor, folder, seed: int) -> str:
 def llava(folder, seed: int = 0, tokens: str = "words", **config) -> str:
     """24-pixel pictures, 4-pixel patches: 6x6 units of width 16. Keywords override the LlavaConfig."""
     tokenizer = _tokenizer(dict(image_token="<image>"), "</s>", tokens)
-    vision = dict(model_type="clip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
-                  num_attention_heads=2, image_size=24, patch_size=4, projection_dim=16)
     config = LlavaConfig(**{**dict(
-        vision_config=vision, text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer)),
+        vision_config=CLIP | dict(image_size=24), text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer)),
         image_token_index=tokenizer.image_token_id, vision_feature_layer=-2), **config})
     images = CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
     processor = LlavaProcessor(images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
@@ -105,4 +123,64 @@ def qwen(folder, seed: int = 0, tokens: str = "words") -> str:
     return _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder, seed)
 
 
-MODELS = {"llava": llava, "qwen": qwen}
+def llava_next(folder, seed: int = 3, tokens: str = "words", **config) -> str:
+    """Whole picture and 2 or 3 crops of 16 pixels, 4x4 units each; Mistral's decoder. Keywords override the config."""
+    tokenizer, grids = _tokenizer(dict(image_token="<image>"), "</s>", tokens), [[16, 32], [48, 16]]
+    text = dict(TEXT, model_type="mistral", vocab_size=len(tokenizer), sliding_window=None)
+    config = LlavaNextConfig(**{**dict(
+        vision_config=CLIP | dict(image_size=16), text_config=text, image_token_index=tokenizer.image_token_id,
+        image_grid_pinpoints=grids), **config})
+    images = LlavaNextImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16},
+                                     image_grid_pinpoints=grids)
+    processor = LlavaNextProcessor(images, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+                                   num_additional_image_tokens=1, chat_template=LLAVA_TEMPLATE)
+    return _save(LlavaNextForConditionalGeneration(config), processor, folder, seed)
+
+
+def internvl(folder, seed: int = 0, tokens: str = "words", **config) -> str:
+    """Up to 4 tiles of 24 pixels and the whole picture, 3x3 units of 2x2 patches each; Qwen2's decoder."""
+    marks = dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+                 video_token="<video>", turn_token="<|im_start|>", end_token="<|im_end|>")
+    tokenizer = _tokenizer(marks, "<|im_end|>", tokens)
+    vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, patch_size=[4, 4],
+                  image_size=[24, 24], layer_scale_init_value=1.)
+    text = dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = InternVLConfig(**{**dict(
+        vision_config=vision, text_config=text, image_token_id=tokenizer.context_image_token_id, image_seq_length=9,
+        tie_word_embeddings=False), **config})
+    images = GotOcr2ImageProcessor(size={"height": 24, "width": 24}, max_patches=4)
+    processor = ImageOnlyProcessor(images, tokenizer, chat_template=INTERNVL_TEMPLATE)
+    return _save(InternVLForConditionalGeneration(config), processor, folder, seed)
+
+
+def llava_next_video(folder, seed: int = 0, tokens: str = "words", **config) -> str:
+    """Frames of 24 pixels, 6x6 patches pooled to 3x3 units of width 16; Llama's decoder."""
+    tokenizer = _tokenizer(dict(image_token="<image>", video_token="<video>"), "</s>", tokens)
+    text = dict(TEXT, model_type="llama", vocab_size=len(tokenizer))
+    config = LlavaNextVideoConfig(**{**dict(
+        vision_config=CLIP | dict(image_size=24), text_config=text, image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id), **config})
+    images = LlavaNextImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24})
+    template = LLAVA_TEMPLATE.replace("'image'", "'video'").replace("<image>", "<video>")
+    processor = ImageOnlyProcessor(images, tokenizer, chat_template=template)
+    return _save(LlavaNextVideoForConditionalGeneration(config), processor, folder, seed)
+
+
+def llava_onevision(folder, seed: int = 2, tokens: str = "words", **config) -> str:
+    """Frames of 20 pixels, 5x5 patches mixed to 3x3 units; SigLIP, Qwen2's decoder."""
+    marks = dict(image_token="<image>", video_token="<video>", turn_token="<|im_start|>", end_token="<|im_end|>")
+    tokenizer = _tokenizer(marks, "<|im_end|>", tokens)
+    vision = dict(model_type="siglip_vision_model", hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+                  num_attention_heads=2, patch_size=4, image_size=20, vision_use_head=False)
+    text = dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    config = LlavaOnevisionConfig(**{**dict(
+        vision_config=vision, text_config=text, image_token_index=tokenizer.image_token_id,
+        video_token_index=tokenizer.video_token_id), **config})
+    images = LlavaOnevisionImageProcessor(size={"height": 20, "width": 20})
+    processor = ImageOnlyProcessor(images, tokenizer, chat_template=ONEVISION_TEMPLATE)
+    return _save(LlavaOnevisionForConditionalGeneration(config), processor, folder, seed)
+
+
+MODELS = {"llava": llava, "qwen": qwen, "llava_next": llava_next, "internvl": internvl,
+          "llava_next_video": llava_next_video, "llava_onevision": llava_onevision}
+VIDEO = ("llava_next_video", "llava_onevision")        # a row of these is a list of frames
