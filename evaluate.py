@@ -437,9 +437,9 @@ def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dic
     baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
                  **{name: per_picture(select) for name, select in BASELINES.items()}}
     selectors = {name: baselines[name] for name in cfg.methods
-                 if name != "cls_attention" or hasattr(vlm.model.config, "vision_feature_layer")}
+                 if name != "cls_attention" or vlm.adapter.has_cls}
     for name in set(cfg.methods) - set(selectors):
-        print(f"{name}: left out, this vision encoder has no [CLS] token")
+        print(f"{name}: left out, this vision encoder gives no attention of [CLS]")
     groups = {}
     for name, (selector, config) in trained.items():
         more = kinds_of(cfg, selector, config, biases[name])

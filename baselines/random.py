@@ -6,10 +6,10 @@ import torch
 def select(units, keep: int, seed: int = 0) -> list[torch.Tensor]:
     """B ascending int64 tensors of exactly `keep` unit indices; the same for the same seed and shapes.
 
-    units: common.Units. Raises ValueError where an image has fewer than `keep` units.
+    units: common.Units. Raises ValueError where an image shows fewer than `keep` units.
     """
     generator = torch.Generator().manual_seed(seed)
-    sizes = units.image_of.bincount(minlength=len(units.grid)).tolist()
-    if not 0 < keep <= min(sizes):
-        raise ValueError(f"keep={keep} does not fit {min(sizes)} visual tokens")
-    return [torch.randperm(n, generator=generator)[:keep].sort().values for n in sizes]
+    shown = [valid.nonzero().flatten().cpu() for valid in units.pad(units.image_of)[1]]
+    if not 0 < keep <= (fewest := min(len(row) for row in shown)):
+        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
+    return [row[torch.randperm(len(row), generator=generator)[:keep]].sort().values for row in shown]
