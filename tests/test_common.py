@@ -109,8 +109,12 @@ def stock_features(stock, batch):
     """(S, D), what the stock model puts in place of the image tokens."""
     model = stock.model
     make = model.get_video_features if stock.config.model_type in VIDEO else model.get_image_features
+    (_, pixels), *grid = stock_pixels(stock, batch).items()           # some versions have another name for the first
     with torch.no_grad():
-        return torch.cat([x.flatten(0, -2) for x in make(**stock_pixels(stock, batch)).pooler_output])
+        rows = [x.flatten(0, -2) for x in make(pixels, **dict(grid)).pooler_output]
+        if stock.config.model_type == "llava_onevision" and len(rows[0]) % 9 == 0:      # 3x3 units a frame: in 5.17,
+            rows = [torch.cat([row, model.image_newline[None]]) for row in rows]        # forward adds the newline
+        return torch.cat(rows)
 
 
 def stock_positions(stock, batch):
