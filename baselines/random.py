@@ -10,6 +10,7 @@ def select(units, keep: int, seed: int = 0) -> list[torch.Tensor]:
     """
     generator = torch.Generator().manual_seed(seed)
     shown = [valid.nonzero().flatten().cpu() for valid in units.pad(units.image_of)[1]]
-    if not 0 < keep <= (fewest := min(len(row) for row in shown)):
+    fewest = min(len(row) for row in shown)
+    if not 0 < keep <= fewest:
         raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
     return [row[torch.randperm(len(row), generator=generator)[:keep]].sort().values for row in shown]
