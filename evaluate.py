@@ -414,6 +414,16 @@ def beside_condition(layer: int) -> dict:
     return {"asked twice": Selector(None, layer=0, budgets=("all",)), "random inside": Selector(at_random, layer=layer)}
 
 
+def crop_by_crop(selector, units: Units, k: int | None) -> list:
+    """keep of a ReconSelector, which chooses in each crop of a picture by itself; k of the whole picture."""
+    v, valid = units.apart().pad()
+    counts, first, wanted = valid.sum(1).tolist(), 0, None if k is None else []
+    for n in units.views or [1] * len(units.grid) if k is not None else ():
+        wanted += recon_selector.per_crop(k, counts[first:first + n])
+        first += n
+    return units.together(selector.select(v, valid, wanted))
+
+
 def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
     """The ways in which a trained selector is asked: suffix of its name -> Selector, or AutoSelect's module, gated."""
     if config.method == "stepprune":
@@ -424,9 +434,11 @@ def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
     if getattr(config, "condition", 0):
         best = Selector(selector.select, layer=config.condition)
         own = Selector(lambda states, valid, _: selector.select(states, valid), layer=config.condition)
+    elif config.method == "recon":
+        best = per_picture(lambda units, k: crop_by_crop(selector, units, k))
+        own = per_picture(lambda units, _: crop_by_crop(selector, units, None))
     else:
         best = per_picture(lambda units, k: selector.select(*units.pad(), k))
-        own = per_picture(lambda units, _: selector.select(*units.pad()))
     if config.method == "recon":
         return {"": best, " mask": own._replace(budgets=("mask",))}
     return {"": best, " gated": selector} if cfg.gated else {"": best}

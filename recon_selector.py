@@ -226,7 +226,7 @@ class ReconSelector(nn.Module):
         if cfg.estimator == "gumbel":
             u = torch.rand(logits.shape, generator=generator, device=v.device).clamp(1e-9, 1 - 1e-7)
             noise = -(-u.log()).log().to(logits)
-        mask = hard_mask(logits, noise, cfg.tau)
+        mask = hard_mask(logits, noise, cfg.tau) * valid                      # what is not there cannot be kept
         feature, image = (error.mean() for error in self.errors(x, mask, pixels, grids))
         share = kept_share(mask, valid)
         pressure = (dead_zone(share, cfg.p, cfg.q, cfg.alpha1, cfg.alpha2) if cfg.regulariser == "dead_zone"
@@ -241,15 +241,29 @@ class ReconSelector(nn.Module):
         return logits[..., 1] - logits[..., 0]
 
     @torch.no_grad()
-    def select(self, v: Tensor, valid: Tensor, keep: int | None = None) -> list[Tensor]:
-        """The tokens that reach the language model, one ascending int64 tensor an image: the `keep` with the largest
-        logits, or with None those of the hard mask, at least one.                                  Section 4.1.1"""
+    def select(self, v: Tensor, valid: Tensor, keep: int | list[int] | None = None) -> list[Tensor]:
+        """The tokens that reach the language model, one ascending int64 tensor a row: the `keep`, or keep[b], with the
+        largest logits, or with None those of the hard mask, at least one.                         Section 4.1.1"""
         chosen = []
-        for s, here in zip(self.scores(v, valid), valid):
-            n = int(here.sum())
-            if keep is not None and not 0 < keep <= n:
-                raise ValueError(f"keep={keep} does not fit {n} visual tokens")
+        for b, (s, here) in enumerate(zip(self.scores(v, valid), valid)):
+            n, k = int(here.sum()), keep[b] if isinstance(keep, list) else keep
+            if k is not None and not 0 < k <= n:
+                raise ValueError(f"keep={k} does not fit {n} visual tokens")
             s = s.masked_fill(~here, -torch.inf)
-            k = keep or max(int((s > 0).sum()), 1)
+            k = k or max(int((s > 0).sum()), 1)
             chosen.append(s.argsort(descending=True, stable=True)[:k].sort().values)
         return chosen
+
+
+def per_crop(keep: int, counts: list[int]) -> list[int]:
+    """`keep` tokens of a picture as so many of each of its crops, in proportion to their tokens, at least one of each:
+    crops are selected apart, for the selector was trained on one at a time.                       Section 5.3"""
+    if not len(counts) <= keep <= sum(counts):
+        raise ValueError(f"keep={keep} of crops of {counts} tokens: expected {len(counts)} to {sum(counts)}")
+    share = [max(keep * n // sum(counts), 1) for n in counts]
+    while sum(share) != keep:                           # what rounding left goes to the crop that is furthest behind
+        step = 1 if sum(share) < keep else -1
+        behind = [step * (keep * n / sum(counts) - k) for n, k in zip(counts, share)]
+        best = max((x, -b) for b, x in enumerate(behind) if 1 <= share[b] + step <= counts[b])
+        share[-best[1]] += step
+    return share

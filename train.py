@@ -252,7 +252,7 @@ def recon_data(cfg, vlm: FrozenVLM):
         key = {"fingerprint": vlm.fingerprint(), "dtype": cfg.dtype, "pictures": len(data),
                "source": cfg.images or f"scenes of seed {cfg.seed}"}
         cache = FeatureCache(cfg.cache_features, key, vlm.dtype)
-        missing = torch.utils.data.Subset(data, range(len(cache.shapes), len(data)))
+        missing = torch.utils.data.Subset(data, range(len(cache), len(data)))
         loader = DataLoader(missing, cfg.batch, num_workers=cfg.workers, collate_fn=collate_shown(vlm, 0))
         cache.fill(len(data), loader, lambda batch: vlm.encode(batch.pictures.to(vlm.device)))
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(data) / cfg.batch)
@@ -269,8 +269,11 @@ def train_step(selector, vlm, batch: Batch, cfg, step) -> tuple[torch.Tensor, di
         if cfg.condition:
             prompt = vlm.embed(batch.rows.to(vlm.device), units)
             units = replace(units, feats=vlm.visual_states(prompt, cfg.condition))
+        views, pixels = units.views or [1] * len(units.grid), vlm.pixels(pictures)
+        pixels = [view for picture, n in zip(pixels, views) for view in picture.chunk(n, 1)]
+        units = units.apart()                          # a crop is a picture
         with autocast:
-            loss, shown = selector(*units.pad(), vlm.pixels(pictures), units.grid, generator)
+            loss, shown = selector(*units.pad(), pixels, units.grid, generator)
         return loss, {k: round(x, 4) for k, x in shown.items()}
     rows, (v, valid) = batch.rows.to(vlm.device), units.pad()
     tau = autoselect.temperature(step, cfg.steps, cfg)

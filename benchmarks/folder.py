@@ -140,12 +140,13 @@ class Epochs(torch.utils.data.Dataset):
 class FeatureCache:
     """Features of numbered pictures on disk, made once, in order; a killed run goes on where it stopped.
 
-    folder/key.json: what they are of | index.jsonl: grid and shape a picture | features.bin: units, one after another
+    folder/key.json: what they are of | index.jsonl: a line a picture | features.bin: the units, picture by picture
+    ends[i]: bytes in front of picture i in features.bin
     Raises ValueError if the folder holds the features of something else.
     """
 
     def __init__(self, folder: str | Path, key: dict, dtype: torch.dtype):
-        self.folder, self.key, self.dtype = Path(folder), key, dtype
+        self.folder, self.dtype = Path(folder), dtype
         self.folder.mkdir(parents=True, exist_ok=True)
         self.bin, self.index = self.folder / "features.bin", self.folder / "index.jsonl"
         there = json.loads((self.folder / "key.json").read_text()) if (self.folder / "key.json").exists() else key
@@ -154,45 +155,55 @@ class FeatureCache:
             raise ValueError(f"{folder} holds features of something else ({'; '.join(differ)}): name another folder")
         (self.folder / "key.json").write_text(json.dumps(key, indent=1))
         lines = self.index.read_text().splitlines(keepends=True) if self.index.exists() else []
-        self.shapes = [tuple(json.loads(line)) for line in lines if line.endswith("\n")]   # a kill leaves half a line
-        self._end()
-        for path, size in ((self.bin, self.ends[-1] * dtype.itemsize),
-                           (self.index, sum(len(line.encode()) for line in lines[:len(self.shapes)]))):
+        lines = [line for line in lines if line.endswith("\n")]                # a kill leaves half a line
+        self.pictures = [json.loads(line) for line in lines]
+        sizes = [math.prod(p["grid"]) * math.prod(p["unit"]) * dtype.itemsize for p in self.pictures]
+        self.ends = np.cumsum([0, *sizes]).tolist()
+        for path, size in ((self.bin, self.ends[-1]), (self.index, sum(len(line.encode()) for line in lines))):
             with open(path, "ab") as file:
                 file.truncate(size)
 
-    def _end(self):
-        """ends[i]: numbers in front of picture i in features.bin."""
-        self.ends = np.cumsum([0, *(math.prod(shape) for shape in self.shapes)]).tolist()
+    def __len__(self):
+        return len(self.pictures)
 
     def fill(self, n: int, batches, encode) -> None:
-        """Append the features of pictures len(shapes) .. n-1, as encode(batch) -> Units gives them for the batches.
+        """Append the features of pictures len(self) .. n-1, as encode(batch) -> Units gives them for the batches.
 
         Prints beforehand what they will take on disk; raises OSError if that is not free.
         """
+        missing = n - len(self)
         with open(self.bin, "ab") as features, open(self.index, "a") as index:
-            for number, batch in enumerate(tqdm(batches, "features", disable=len(self.shapes) == n)):
+            for number, batch in enumerate(tqdm(batches, "features", disable=not missing)):
                 units = encode(batch)
                 if not number:
-                    each = units.feats.numel() * units.feats.element_size() / len(units.grid)
-                    need, free = each * (n - len(self.shapes)), shutil.disk_usage(self.folder).free
-                    tqdm.write(f"features of {n - len(self.shapes)} pictures take about {need / 2**30:.2f} GiB in "
-                               f"{self.folder}; {free / 2**30:.1f} GiB are free")
+                    need = units.feats.numel() * units.feats.element_size() / len(units.grid) * missing
+                    free = shutil.disk_usage(self.folder).free
+                    tqdm.write(f"features of {missing} pictures take about {need / 2**30:.2f} GiB in {self.folder}; "
+                               f"{free / 2**30:.1f} GiB are free")
                     if need > free:
                         raise OSError(f"{need / 2**30:.2f} GiB do not fit into {self.folder}: name another folder, or "
                                       "leave the cache out")
-                for grid, feats in zip(units.grid, units.feats.cpu().split(units.counts)):
-                    features.write(feats.contiguous().view(torch.uint8).numpy().tobytes())
-                    self.shapes.append((grid[0], grid[1], *feats.shape[1:]))
+                shown = [None] * len(units.grid) if units.shown is None else units.shown.cpu().split(units.counts)
+                views = units.views or [None] * len(units.grid)
+                for b, feats in enumerate(units.feats.cpu().split(units.counts)):
+                    features.write(raw := feats.contiguous().view(torch.uint8).numpy().tobytes())
+                    self.ends.append(self.ends[-1] + len(raw))
                     features.flush()                   # never a line in the index without its features
-                    index.write(json.dumps(self.shapes[-1]) + "\n")
-        self._end()
+                    hidden = None if shown[b] is None else (~shown[b]).nonzero().flatten().tolist()
+                    self.pictures.append({"grid": units.grid[b], "unit": list(feats.shape[1:]), "views": views[b],
+                                          "hidden": hidden})
+                    index.write(json.dumps(self.pictures[-1]) + "\n")
 
     def units(self, numbers) -> Units:
         """The Units of some pictures, in this order; without cls."""
-        whole, parts = np.memmap(self.bin, np.uint8, "r"), []
-        for i in numbers:
-            a, b = (end * self.dtype.itemsize for end in self.ends[i:i + 2])
-            parts.append(torch.from_numpy(whole[a:b].copy()).view(self.dtype).view(-1, *self.shapes[i][2:]))
-        image_of = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(part) for part in parts]))
-        return Units(torch.cat(parts), image_of, [self.shapes[i][:2] for i in numbers])
+        whole, feats, shown = np.memmap(self.bin, np.uint8, "r"), [], []
+        chosen = [self.pictures[i] for i in numbers]
+        for i, picture in zip(numbers, chosen):
+            part = torch.from_numpy(whole[self.ends[i]:self.ends[i + 1]].copy()).view(self.dtype)
+            feats.append(part.view(-1, *picture["unit"]))
+            shown.append(torch.ones(len(feats[-1]), dtype=torch.bool))
+            shown[-1][picture["hidden"] or []] = False
+        image_of = torch.arange(len(feats)).repeat_interleave(torch.tensor([len(part) for part in feats]))
+        return Units(torch.cat(feats), image_of, [tuple(picture["grid"]) for picture in chosen],
+                     views=None if chosen[0]["views"] is None else [picture["views"] for picture in chosen],
+                     shown=None if chosen[0]["hidden"] is None else torch.cat(shown))

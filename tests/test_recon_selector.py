@@ -207,3 +207,19 @@ def test_budgets_that_cannot_work():
     for k in (0, 13):
         with pytest.raises(ValueError, match=f"keep={k} does not fit 12"):
             net.select(v, torch.ones(3, 12, dtype=torch.bool), k)
+
+
+def test_a_budget_is_spread_over_crops_by_their_tokens():
+    assert rs.per_crop(160, [576] * 5) == [32] * 5
+    assert rs.per_crop(7, [4, 4, 4]) == [3, 2, 2] and rs.per_crop(12, [4, 4, 4]) == [4, 4, 4]
+    assert rs.per_crop(3, [100, 1, 1]) == [1, 1, 1] and rs.per_crop(50, [98, 1, 1]) == [48, 1, 1]
+    for k in range(3, 30):
+        share = rs.per_crop(k, [17, 3, 9])
+        assert sum(share) == k and all(1 <= x <= n for x, n in zip(share, [17, 3, 9]))
+    for k in (2, 30):
+        with pytest.raises(ValueError, match=f"keep={k} of crops"):
+            rs.per_crop(k, [17, 3, 9])
+    net, (v, _) = model().eval(), inputs()
+    valid = torch.ones(3, 12, dtype=torch.bool)
+    for b, (keep, k) in enumerate(zip(net.select(v, valid, [2, 12, 5]), (2, 12, 5))):
+        assert torch.equal(keep, net.select(v, valid, k)[b])

@@ -85,6 +85,21 @@ def test_cached_features_train_as_fresh_ones_and_a_killed_cache_goes_on(tmp_path
         train.train(recon(tmp_path / "other", **{**changes, "images": str(tmp_path / "more")}))
 
 
+def test_crops_are_selected_apart(tmp_path):
+    """LLaVA-NeXT: exactly K of a picture, spread over its crops, none of what unpadding cut off."""
+    run = train.train(recon(tmp_path / "run", model=MODELS["llava_next"](tmp_path / "vlm"), epochs=1, dtype="float32",
+                            images=str(photos(tmp_path / "photos"))))
+    vlm = FrozenVLM.from_pretrained(tmp_path / "vlm", torch.float32)
+    selector, _ = train.load_run(run, vlm)
+    units = vlm.encode(vlm.pictures([Image.open(tmp_path / f"photos/{i}.png") for i in range(3)]))
+    assert max(units.views) > 1 and not units.shown.all()
+    _, valid = units.pad()
+    for keep, here, n in zip(evaluate.crop_by_crop(selector, units, 12), valid, units.views):
+        assert len(keep) == 12 and here[keep].all() and (keep[1:] > keep[:-1]).all()
+        assert len({int(i) // (len(here) // max(units.views)) for i in keep}) == n
+    assert all(len(keep) >= n for keep, n in zip(evaluate.crop_by_crop(selector, units, None), units.views))
+
+
 def test_a_cache_that_does_not_fit_is_refused_beforehand(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.folder.shutil.disk_usage", lambda folder: type("Free", (), {"free": 1000})())
     with pytest.raises(OSError, match="do not fit into"):
