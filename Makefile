@@ -16,6 +16,7 @@ lint: .venv/ready
 
 # What results/ holds, made again: every method and its ablations with three seeds, the model cards, speed.
 SEEDS := 0 1 2
+ASKED := 2000
 METHODS := autoselect stepprune recon
 AUTO_VARIANTS := scale_gate global_denoiser random_scorer
 STEP_VARIANTS := causal last uniform alive batch_mean all_hops no_hops unaligned
@@ -44,10 +45,11 @@ stepprune: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
 stepprune: autoselect
 recon: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
 recon: private BUDGETS = --budgets 72 58 32 16 8
+recon: private ASKED = 1000
 recon: autoselect
 $(METHODS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --exact True $(BUDGETS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
+	$(BIN)/python evaluate.py --n $(ASKED) --exact True $(BUDGETS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
 	mkdir -p results/$@_tiny/selector
 	cp runs/$@_s0/config.json runs/$@_s0/selector.safetensors results/$@_tiny/selector
 cards: .venv/ready
@@ -58,9 +60,10 @@ cards: .venv/ready
 speed: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
 $(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
+$(RECON_VARIANTS): ASKED = 600
 $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False $(BUDGETS) \
+	$(BIN)/python evaluate.py --n $(ASKED) --methods random --gated True --pictures False $(BUDGETS) \
 		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
 ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
 	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
