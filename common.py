@@ -24,6 +24,7 @@ Shapes  B rows (= images), M units of all images together, N most units of one i
 Extend  a further family is one more subclass of Adapter, which says how, and one more line in ADAPTERS.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -163,7 +164,7 @@ class Prompt:
 Rule = Callable[[Tensor, Tensor], list[Tensor]]
 
 
-class Adapter:
+class Adapter(ABC):
     """What is special to one family. To add a family: subclass this, give it encode() and project(), override what
     differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning exact.
 
@@ -207,9 +208,9 @@ class Adapter:
         """(T, 3, H, W), what the encoder takes: all views, one after another."""
         return batch["pixel_values"]
 
+    @abstractmethod
     def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor | None]:
         """feats (M, C) or (M, P, C), (rows, columns) of units in every VIEW, cls (M,) or None."""
-        raise NotImplementedError(f"{type(self).__name__} needs encode(batch) -> feats, grid, cls")
 
     def project(self, feats: Tensor, unit: Tensor) -> Tensor:
         """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""

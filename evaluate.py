@@ -133,15 +133,19 @@ def recall(keep, evidence) -> list[float]:
     return [(e[k.cpu()].sum() / e.sum()).item() for k, e in zip(keep, evidence)]
 
 
+def prompts(vlm, part, twice: bool = False):
+    """A batch with one row a question, asked behind the image; twice: before it too."""
+    asked = [(row.image, q.question) for row in part for q in row.questions]
+    return vlm.batch([image for image, _ in asked], [[(question, None)] for _, question in asked], twice=twice)
+
+
 @torch.no_grad()
 def ask(vlm, part, clock=None, twice=False) -> tuple[Asked, dict]:
     """The questions of some rows as Asked, and as the batch that the VLM answers; twice: before the image too."""
     owner = [b for b, row in enumerate(part) for _ in row.questions]
-    asked = [q for row in part for q in row.questions]
-    pixels = vlm.batch([row.image for row in part], [[(row.questions[0].question, None)] for row in part])
+    pixels, batch = vlm.pictures([row.image for row in part]), prompts(vlm, part, twice)
     with (clock or Clock(vlm.device))("vision", len(part)):
         units = vlm.encode(pixels)
-    batch = vlm.batch([part[b].image for b in owner], [[(q.question, None)] for q in asked], twice=twice)
     return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
 
 
@@ -160,12 +164,12 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
         part = rows[start:start + batch]
         asked, questions = ask(vlm, part, clock)
         inside = any(getattr(s, "layer", None) is not None for s in selectors.values())
-        doubled = ask(vlm, part, twice=True)[1] if inside else None
+        doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
         for name, budget in turns:
             feats, keep, selector = None, None, selectors.get(name)
             if getattr(selector, "layer", None) is not None:
-                answers, keep = within(vlm, doubled, asked.units, selector, name, budget, clock)
+                answers, keep = within(vlm, doubled, asked.units, selector, name, budget, clock, start < 4 * batch)
             else:
                 with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
                     if isinstance(selector, torch.nn.Module):                # Figure 5: drowned, not removed
@@ -187,8 +191,8 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     return results, clock
 
 
-def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock) -> tuple[list[str], list | None]:
-    """Answers and keep of a selection inside the language model; its prefill is timed with the selection in it."""
+def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock, timed: bool) -> tuple:
+    """Answers and keep, or None, of a selection inside the language model; timed: and the time of its prefill."""
     keeps = []
 
     def rule(states, valid):
@@ -196,11 +200,14 @@ def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Cloc
             keeps.append(selector.select(states, valid, budget))
         return keeps[-1]
     stages, prompt = {selector.layer: rule} if selector.layer else {}, vlm.embed(batch, units)
-    with clock(f"prefill {name} {budget}", len(units.grid)):
-        vlm.generate_within(prompt, stages, max_new_tokens=1)
-    clock.seconds.setdefault(f"select {name} {budget}", 0.)
-    clock.items.setdefault(f"select {name} {budget}", 1)
-    return vlm.generate_within(prompt, stages, max_new_tokens=4), keeps[-1] if keeps else None
+    answers = vlm.generate_within(prompt, stages, max_new_tokens=4)
+    if timed:
+        with clock(f"prefill {name} {budget}", len(units.grid)):
+            vlm.generate_within(prompt, stages, max_new_tokens=1)
+    if not stages:
+        with clock(f"select {name} {budget}", len(units.grid)):      # nothing is selected, in no time
+            pass
+    return answers, keeps[-1] if keeps else None
 
 
 @torch.no_grad()

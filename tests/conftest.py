@@ -1,6 +1,45 @@
-"""Tests run from the project's root: the shipped checkpoint is named by its path from there."""
+"""Tests run from the project's root: the shipped checkpoint is named by its path from there.
+
+Here is also what the tests on tiny random models of every family share.
+"""
 
 import os
 from pathlib import Path
 
+import pytest
+import torch
+from tiny_models import MODELS
+from transformers import AutoModelForImageTextToText
+
+from common import FrozenVLM
+
 os.chdir(Path(__file__).resolve().parents[1])
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                           # the models are too small to gain from more
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def path(family, tmp_path_factory):
+    return MODELS[family](tmp_path_factory.mktemp(family))
+
+
+@pytest.fixture(scope="module")
+def vlm(path):
+    return FrozenVLM.from_pretrained(path, dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def stock(path):
+    """The same checkpoint, untouched by common.py."""
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")

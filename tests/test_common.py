@@ -24,34 +24,7 @@ GRIDS = {"llava": [(6, 6)] * 3, "qwen": [(3, 5), (4, 3), (3, 3)], "llava_next": 
          "llava_onevision": [(2 * 3, 3)] * 3}          # views stand one below another
 SHOWN = {"llava_next": [16 + 4 * 6, 16 + 10 * 4 - 16, 16 + 4 * 4]}            # the whole picture, the crops unpadded
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                           # the models are too small to gain from more
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def path(family, tmp_path_factory):
-    return MODELS[family](tmp_path_factory.mktemp(family))
-
-
-@pytest.fixture(scope="module")
-def vlm(path):
-    return FrozenVLM.from_pretrained(path, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def stock(path):
-    """The same checkpoint, untouched by common.py."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

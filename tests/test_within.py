@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from test_common import QUESTIONS, SIZES, full_embeds, rows_for, stock_inputs, stock_positions, token_id
-from tiny_models import MODELS, llava_next
-from transformers import AutoModelForImageTextToText
+from tiny_models import llava_next
 
 from common import IGNORE, FrozenVLM, Prompt
 
@@ -18,34 +17,7 @@ SECOND = [[1, 2], [0], [0, 3, 4]]                      # of those that FIRST lea
 STAGES = [{1: FIRST}, {2: FIRST}, {1: FIRST, 2: SECOND}]
 TURNS = [[(question, None)] for question in QUESTIONS]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)                           # the models are too small to gain from more
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module", params=list(MODELS))
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def path(family, tmp_path_factory):
-    return MODELS[family](tmp_path_factory.mktemp(family))
-
-
-@pytest.fixture(scope="module")
-def vlm(path):
-    return FrozenVLM.from_pretrained(path, dtype=torch.float64)
-
-
-@pytest.fixture(scope="module")
-def stock(path):
-    """The same checkpoint, untouched by common.py."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
