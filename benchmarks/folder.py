@@ -1,5 +1,6 @@
 """Any folder of pictures as training data, for a selector that needs nothing but images."""
 
+import io
 import json
 import math
 import os
@@ -18,17 +19,18 @@ from common import Units
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-def open_picture(path: str | Path) -> Image.Image:
+def open_picture(path: str | Path, data: bytes | None = None) -> Image.Image:
     """The picture as one sees it, RGB of 8 bits: upright, on white, of an animation the first frame.
 
+    data: the file's content, where it is at hand; `path` is then its name only.
     Raises ValueError naming path and cause where it is no file, unreadable, cut short, or so large that Pillow warns
     of a decompression bomb.
     """
     try:
-        if not Path(path).is_file():                   # opening a pipe would wait for ever
+        if data is None and not Path(path).is_file():  # opening a pipe would wait for ever
             raise FileNotFoundError("neither a file nor a link to one")
         with (warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
-              Image.open(path) as image):
+              Image.open(path if data is None else io.BytesIO(data)) as image):
             image.load()
             image.getexif()                            # is kept; its source goes, or exif_transpose would write it
             for key in ("exif", "Raw profile type exif"):          # anew, and fail at tags of the wrong type
