@@ -50,8 +50,8 @@ recon: autoselect
 $(METHODS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
 	$(BIN)/python evaluate.py --n $(ASKED) --exact True $(BUDGETS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
-	mkdir -p results/$@_tiny/selector
-	cp runs/$@_s0/config.json runs/$@_s0/selector.safetensors results/$@_tiny/selector
+	rm -rf results/$@_tiny/selector
+	cp -r runs/$@_s0/selector results/$@_tiny/selector
 cards: .venv/ready
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence --n 2000 \
 		--pictures False --out results/tiny_$$m; done
@@ -71,4 +71,5 @@ ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
 	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
 	$(BIN)/python evaluate.py --run $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --curves results/recon_tiny/collapse.png
 pages: .venv/ready
-	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md')]"
+	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md', \
+		*pathlib.Path('results').glob('*/selector/README.md'))]"

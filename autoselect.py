@@ -29,6 +29,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 
@@ -192,6 +193,14 @@ def scale_gate(v: Tensor, a: Tensor) -> Tensor:
     return per_token(a, v) * v
 
 
+def draw(kind, shape, generator, device) -> Tensor:
+    """torch.randn or torch.rand of this shape. generator: one or None; or a list, one per row, so that what a picture
+    draws does not depend on those that share its batch."""
+    if not isinstance(generator, list):
+        return kind(shape, generator=generator, device=device)
+    return torch.stack([kind(shape[1:], generator=g, device=device) for g in generator])
+
+
 class Denoiser(nn.Module):
     """One block that maps noised tokens back to what the language model expects; training only.   Section 3.4
 
@@ -221,7 +230,10 @@ class NoiseGate(nn.Module):
     """Eq. (5), the denoiser, and the statistics that both need. StepPrune has the same (its Eqs. 13 and 14).
 
     Parameters are float32; tokens come in any float type and leave in the same.
+    alone: forward() in training takes in the statistics of its tokens by itself. A loop that works a step off in parts,
+    or on several processes, sets it to False and calls observe() with those of the whole step.
     """
+    alone = True
 
     def __init__(self, width: int, heads: int, gate: str = "noise", denoiser: str = "diagonal"):
         super().__init__()
@@ -232,20 +244,29 @@ class NoiseGate(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # tokens seen by the two above
 
     @torch.no_grad()
-    def update_statistics(self, v: Tensor, valid: Tensor | None = None) -> None:
-        """Mean and std per channel of all tokens so far; the encoder is frozen, so nothing is forgotten."""
-        x = (v if valid is None else v[valid]).reshape(-1, v.shape[-1]).float()
-        var, mean = torch.var_mean(x, dim=0, correction=0)
+    def observe(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Mean and std per channel of all tokens so far, from mean and var (C,), correction 0, of `count` new ones; the
+        encoder is frozen, so nothing is forgotten."""
         # new tensors, not in place: a graph of an earlier forward may still need the old ones
-        self.count = self.count + len(x)
-        w, shift = len(x) / self.count, mean - self.mean
+        self.count = self.count + count
+        w, shift = count / self.count, mean - self.mean
         self.std = ((1 - w) * self.std.square() + w * var + w * (1 - w) * shift.square()).sqrt()
         self.mean = self.mean + w * shift
+
+    def tokens(self, v: Tensor, valid: Tensor | None = None) -> Tensor:
+        """(M, C), what the statistics are of: every patch of every token."""
+        return (v if valid is None else v[valid]).reshape(-1, v.shape[-1]).float()
+
+    def update_statistics(self, v: Tensor, valid: Tensor | None = None) -> None:
+        """observe() of these tokens."""
+        x = self.tokens(v, valid)
+        var, mean = torch.var_mean(x, dim=0, correction=0)
+        self.observe(torch.tensor(len(x), device=x.device), mean, var)
 
     def gated(self, v: Tensor, a: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
         """v~ after the denoiser, of v's shape and type. Padding comes back as noise: the caller drops it."""
         if self.gate == "noise":
-            noise = torch.randn(v.shape, generator=generator, device=v.device)    # fresh for each patch
+            noise = draw(torch.randn, v.shape, generator, v.device)                # fresh for each patch
             out = vp_gate(v, a, noise, self.mean, self.std)
         else:
             out = scale_gate(v, a)
@@ -257,7 +278,7 @@ class NoiseGate(nn.Module):
         return out.to(v.dtype)
 
 
-class AutoSelect(NoiseGate):
+class AutoSelect(NoiseGate, PyTorchModelHubMixin):
     """Scorer and denoiser around a frozen VLM: forward() while training, select() afterwards."""
 
     def __init__(self, cfg: Config):
@@ -268,7 +289,7 @@ class AutoSelect(NoiseGate):
     def scores(self, v: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
         """s (B, N), Eq. (3); with scorer="random" a fresh draw at each call."""
         if self.scorer is None:
-            return torch.rand(v.shape[:2], generator=generator, device=v.device)
+            return draw(torch.rand, v.shape[:2], generator, v.device)
         x = standardise(v, self.mean, self.std)
         return self.scorer(x.mean(2) if x.dim() == 4 else x, valid)
 
@@ -278,7 +299,7 @@ class AutoSelect(NoiseGate):
 
         keep defaults to cfg.keep, tau to cfg.tau_end.
         """
-        if self.training:
+        if self.training and self.alone:
             self.update_statistics(v, valid)
         z = zscore(self.scores(v, valid, generator), valid)
         keep = self.cfg.keep if keep is None else keep

@@ -27,7 +27,7 @@ from benchmarks.folder import open_picture
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
 from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
-from train import load_run, option, write_whole
+from train import load_run, option, read_run, write_whole
 
 # the papers' ablations: average retention on LLaVA-1.5-7B over GQA, MMB, POPE and MME, at 192, 128 and 64 of 576
 # tokens; StepPrune's Table 4 has one budget. Quoted for their direction; the tiny world's figures are of another kind.
@@ -213,7 +213,7 @@ def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Cloc
 @torch.no_grad()
 def calibrate(vlm, selector, budgets, most: int, n: int, batch: int = 32) -> dict[int, float]:
     """Stop bias per wished mean K, from questions of the calibration scenes: one long episode each serves them all."""
-    rows = scenes.load(n, "calibration", scenes.SIZES[vlm.family])
+    rows = scenes.load(n, "calibration", scenes.sizes_of(vlm.family))
     margins = []
     for start in tqdm(range(0, len(rows), batch), "calibrate"):
         asked, _ = ask(vlm, rows[start:start + batch])
@@ -340,10 +340,10 @@ def refresh(page: Path) -> None:
 
 def latest_run() -> str:
     """The run in runs/ that finished last. Raises FileNotFoundError when there is none."""
-    done = sorted(Path("runs").glob("**/selector.safetensors"), key=lambda p: p.stat().st_mtime)
+    done = sorted(Path("runs").glob("**/selector/model.safetensors"), key=lambda p: p.stat().st_mtime)
     if not done:
         raise FileNotFoundError("runs/ holds no finished run: python train.py --method autoselect makes one")
-    return str(done[-1].parent)
+    return str(done[-1].parent.parent)
 
 
 def answer_one(cfg: EvalConfig, vlm, selector, config, out: Path) -> None:
@@ -405,11 +405,10 @@ def check(cfg: EvalConfig) -> tuple[list[str], str]:
     if unknown:
         raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
-    if not all((Path(run) / "config.json").exists() for run in runs):
-        raise FileNotFoundError(f"{runs}: not all of these hold a run (config.json is missing)")
+    models = [read_run(run)[1]["training"]["model"] for run in runs]
     if (cfg.image or cfg.question) and not (cfg.image and runs):
         raise ValueError("--question needs --image, a picture file, and a trained run")
-    return runs, cfg.model or json.loads((Path(runs[0]) / "config.json").read_text())["model"]
+    return runs, cfg.model or models[0]
 
 
 def beside_condition(layer: int) -> dict:
@@ -479,9 +478,9 @@ def main(args=None) -> list[dict]:
         text = ablation_table(cfg.ablations)
         print(text)
         return write_whole(Path(f"results/ablations/{cfg.ablations}.md"), lambda p: p.write_text(text + "\n"))
-    runs, model = check(cfg)
     if cfg.curves:
-        return draw_training(runs, Path(cfg.curves))
+        return draw_training(cfg.run, Path(cfg.curves))
+    runs, model = check(cfg)
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
@@ -490,7 +489,7 @@ def main(args=None) -> list[dict]:
         return answer_one(cfg, vlm, *trained[runs[0]], out)
     biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
-    rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
+    rows = scenes.load(cfg.n, cfg.split, scenes.sizes_of(vlm.family))
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
     lines = summarise(results, clock)
     for label, names in groups.items():
@@ -503,6 +502,8 @@ def main(args=None) -> list[dict]:
     single = {name for names in groups.values() for name in names}
     short = table([line for line in lines if line["method"] not in single])
     write_whole(out / "summary.md", lambda p: p.write_text(short + "\n"))
+    if (card := out / "selector/README.md").exists():
+        refresh(card)
     found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
     if found:
         text = adaptive_table(found)

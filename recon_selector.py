@@ -34,6 +34,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 
@@ -177,8 +178,13 @@ def stage_rate(step: int, steps: int, stages=(0.6, 0.2, 0.2), warmup: float = 0.
     return min((step + 1) / max(warmup * steps, 1), 1.0) * (0.5 + 0.5 * math.cos(math.pi * (done - start) / share))
 
 
-class ReconSelector(nn.Module):
-    """Selector and both reconstructors: forward() while training, select() afterwards. Parameters are float32."""
+class ReconSelector(nn.Module, PyTorchModelHubMixin):
+    """Selector and both reconstructors: forward() while training, select() afterwards. Parameters are float32.
+
+    alone: forward() in training standardises tokens by their own statistics, and takes these in. A loop that works a
+    step off in parts, or on several processes, sets it to False and calls observe() with those of the whole step.
+    """
+    alone = True
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -187,10 +193,23 @@ class ReconSelector(nn.Module):
         self.masked = nn.Parameter(torch.randn(cfg.width) * 0.02)                       # E_masked
         self.norm = nn.BatchNorm1d(cfg.width, affine=False, momentum=None)              # running statistics
 
+    @torch.no_grad()
+    def observe(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        """The running statistics, from mean and var (C,), correction 0, of `count` new tokens: as BatchNorm's own."""
+        self.norm.num_batches_tracked += 1
+        weight = 1 / self.norm.num_batches_tracked
+        self.norm.running_mean.lerp_(mean.to(self.masked), weight)
+        self.norm.running_var.lerp_((var * count / (count - 1)).to(self.masked), weight)
+
+    def tokens(self, v: Tensor, valid: Tensor) -> Tensor:
+        """(M, C), what the statistics are of: every token, of several patches their mean."""
+        return (v.mean(2) if v.dim() == 4 else v).to(self.masked.dtype)[valid]
+
     def standardised(self, v: Tensor, valid: Tensor) -> Tensor:
         """v (B, N, C) or (B, N, P, C) -> (B, N, C), mean 0 and variance 1 in each channel."""
-        v = (v.mean(2) if v.dim() == 4 else v).to(self.masked.dtype)
-        return torch.zeros_like(v).masked_scatter(valid.unsqueeze(-1), self.norm(v[valid]))
+        self.norm.train(self.training and self.alone)
+        x = self.norm(self.tokens(v, valid))
+        return x.new_zeros(*valid.shape, x.shape[-1]).masked_scatter(valid.unsqueeze(-1), x)
 
     def logits(self, v: Tensor, valid: Tensor) -> Tensor:
         """(B, N, 2)."""
@@ -217,18 +236,27 @@ class ReconSelector(nn.Module):
         feature, image = torch.cat(found, 1)[:, torch.tensor(order).argsort()]
         return feature, image
 
-    def forward(self, v: Tensor, valid: Tensor, pixels: list[Tensor], grids: list,
-                generator=None) -> tuple[Tensor, dict]:
-        """v (B, N, C) or (B, N, P, C), valid (B, N); pixels, grids as in errors() -> loss, parts.   Eq. (8)"""
+    def forward(self, v: Tensor, valid: Tensor, pixels: list[Tensor], grids: list, generator=None,
+                everyone=lambda x: x) -> tuple[Tensor, dict]:
+        """v (B, N, C) or (B, N, P, C), valid (B, N); pixels, grids as in errors() -> loss, parts.   Eq. (8)
+
+        generator: one, or a list with one per row. everyone: what makes of a number of these pictures its mean over
+        all processes, for Eq. (4) bends at the share of the whole batch.
+        """
         cfg, x = self.cfg, self.standardised(v, valid)
         logits = self.selector(x, valid).to(x.dtype)
         noise = torch.zeros_like(logits)
         if cfg.estimator == "gumbel":
-            u = torch.rand(logits.shape, generator=generator, device=v.device).clamp(1e-9, 1 - 1e-7)
+            if isinstance(generator, list):                # one per row: no picture's noise depends on its batch
+                u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=v.device) for g in generator])
+            else:
+                u = torch.rand(logits.shape, generator=generator, device=v.device)
+            u = u.clamp(1e-9, 1 - 1e-7)
             noise = -(-u.log()).log().to(logits)
         mask = hard_mask(logits, noise, cfg.tau) * valid                      # what is not there cannot be kept
         feature, image = (error.mean() for error in self.errors(x, mask, pixels, grids))
         share = kept_share(mask, valid)
+        share = share + (everyone(share.detach()) - share.detach())
         pressure = (dead_zone(share, cfg.p, cfg.q, cfg.alpha1, cfg.alpha2) if cfg.regulariser == "dead_zone"
                     else cfg.alpha1 * share)
         return feature + image + pressure, {"feature": feature.item(), "image": image.item(), "kept": share.item(),

@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from autoselect import NoiseGate, block, soft_topk, standardise, zscore
@@ -287,7 +288,7 @@ def calibrate(margin: Tensor, mean: float, least: int = 1) -> float:
     return high
 
 
-class StepPrune(NoiseGate):
+class StepPrune(NoiseGate, PyTorchModelHubMixin):
     """Policy, gate and denoiser around a frozen VLM: forward() while training, select() afterwards."""
 
     def __init__(self, cfg: Config):
@@ -356,12 +357,15 @@ class StepPrune(NoiseGate):
             fed = straight_through(pi[:, :-1], memory, before)
         return pi
 
-    def forward(self, v, valid, text, text_valid, tau: float, g_text: float = 1.0, generator=None):
+    def forward(self, v, valid, text, text_valid, tau: float, g_text: float = 1.0, generator=None,
+                everyone=lambda x: x):
         """v (B, N, C) or (B, N, P, C) -> (v~ after the denoiser, a (B, N), Rollout, expected count (B,)).
 
+        generator: one, or a list with one per row. everyone: what makes of a number of these rows its mean over all
+        processes, for K_bar.
         Raises ValueError for an empty or too long question, and for max_steps above N.
         """
-        if self.training:
+        if self.training and self.alone:
             self.update_statistics(v, valid)
         if self.cfg.max_steps > v.shape[1]:
             raise ValueError(f"max_steps={self.cfg.max_steps}: expected at most the {v.shape[1]} visual tokens")
@@ -371,8 +375,8 @@ class StepPrune(NoiseGate):
                 episode = self.rollout(memory, valid)
             if self.cfg.hops >= 0:
                 episode = replace(episode, pi=self.replay(memory, valid, episode.picks, self.cfg.hops))
-        expected, mean = expected_count(episode.pi, episode.on), episode.count.float().mean()
-        if self.training:
+        expected, mean = expected_count(episode.pi, episode.on), everyone(episode.count.float().mean())
+        if self.training and self.cfg.budget == "batch_mean":
             self.k_bar = mean if self.k_bar == 0 else self.k_bar.lerp(mean, 1 - self.cfg.momentum)
         s = aggregate(episode.pi, episode.on, self.cfg.gamma, self.cfg.aggregation)
         a = soft_topk(zscore(s, valid), expected if self.cfg.budget == "expected" else self.k_bar, tau, valid)

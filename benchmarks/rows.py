@@ -270,9 +270,9 @@ class Stream(torch.utils.data.IterableDataset):
             raise ValueError(f"{worker.num_workers} worker processes would each read all blocks: a stream takes 0 or 1")
         for g in self.range:
             if self.mine(g):
-                yield self.item(g)
+                yield self[g]
 
-    def item(self, g: int) -> tuple[Image.Image, list, list[str]]:
+    def __getitem__(self, g: int) -> tuple[Image.Image, list, list[str]]:
         epoch, place = divmod(g, len(self.source))
         if epoch != self.epoch:
             self.epoch, self.at = epoch, None

@@ -14,6 +14,11 @@ FAMILIES = scenes.FAMILIES
 SIZES = {"llava": ((144, 144),), "qwen2_5_vl": ((144, 144), (192, 108), (108, 192), (96, 216))}
 
 
+def sizes_of(family: str) -> tuple[tuple[int, int], ...]:
+    """The pictures that a family of common.ADAPTERS is asked about; a tower of fixed resolution scales them."""
+    return SIZES.get(family, SIZES["llava"])
+
+
 class Dialogues(torch.utils.data.Dataset):
     """Training: item i is (picture, turns) of scene `seed * 10**7 + i`; a caption, then a few questions.
 

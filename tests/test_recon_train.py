@@ -11,7 +11,7 @@ from tiny_models import MODELS, llava
 
 import evaluate
 import train
-from benchmarks import rebuild, scenes, speed
+from benchmarks import batches, rebuild, scenes, speed
 from benchmarks.folder import FeatureCache
 from common import FrozenVLM
 
@@ -50,7 +50,7 @@ def test_a_folder_of_pictures_trains_with_what_is_broken_named_and_counted(tmp_p
     run = train.train(recon(tmp_path / "run", model=model, images=str(folder), epochs=2, dtype="float32"))
     shown = capsys.readouterr().out
     assert "b.png: " in shown and "thin.png: 1x5000 pixels: expected a side of at most 200" in shown
-    assert "2 files left out" in shown and len(without_time(run)) == 7                       # 2 * 7 files / 2
+    assert "2 left out" in shown and len(without_time(run)) == 7                       # 2 * 7 files / 2
 
 
 @pytest.mark.parametrize("family", list(MODELS))
@@ -123,9 +123,10 @@ def test_one_selector_serves_every_vlm_with_its_encoder_and_no_other(tmp_path):
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)
     other = FrozenVLM.from_pretrained(llava(tmp_path / "b", seed=5, text_config=text), torch.float32)
     assert other.dim == 48 and train.load_run(run, other)[0].cfg.width == 16
-    saved = json.loads((run / "config.json").read_text())
+    config_file = run / "selector/config.json"
+    saved = json.loads(config_file.read_text())
     for name, value in (("vision_width", 1024), ("vision_side", 24), ("feature_layer", -1), ("vision_layers", 24)):
-        (run / "config.json").write_text(json.dumps({**saved, "fingerprint": {**saved["fingerprint"], name: value}}))
+        config_file.write_text(json.dumps({**saved, "backbone": {**saved["backbone"], name: value}}))
         with pytest.raises(ValueError, match=f"another backbone.*{name}: {value} trained"):
             train.load_run(run, other)
 
@@ -136,15 +137,15 @@ def test_the_conditional_selector_reads_the_question(tmp_path, layer):
     vlm = FrozenVLM.from_pretrained("tiny/llava", torch.float32)
     selector, cfg = train.load_run(run, vlm)
     assert cfg.condition == layer and selector.cfg.width == vlm.dim
-    image = train.Shown(cfg, vlm)[0][1]
+    image = batches.open_data(cfg, vlm)[0][1]
     scores = []
     for question in ("how many shapes are there ?", "what colour is the square ?"):
         batch = vlm.batch([image], [[(question, None)]], twice=True)
         states = vlm.visual_states(vlm.embed(batch, vlm.encode(batch)), layer)
         scores.append(selector.scores(states[None], torch.ones(1, 144, dtype=torch.bool)))
     assert not torch.allclose(*scores, atol=1e-4)
-    for bad in (dict(images="x"), dict(cache_features="x")):
-        with pytest.raises(ValueError, match="reads questions"):
+    for bad, message in ((dict(images="x"), "pictures and no text"), (dict(cache_features="x"), "reads questions")):
+        with pytest.raises(ValueError, match=message):
             recon(tmp_path, condition=layer, **bad)
 
 
@@ -157,7 +158,7 @@ def test_the_loss_goes_down(tmp_path):
 def test_a_cache_gives_back_what_it_was_given(tmp_path):
     cache = FeatureCache(tmp_path, {}, torch.bfloat16)
     vlm = FrozenVLM.from_pretrained("tiny/llava")
-    shown = [train.Shown(recon(tmp_path), vlm)[i][1] for i in range(3)]
+    shown = [batches.open_data(recon(tmp_path), vlm)[i][1] for i in range(3)]
     units = vlm.encode(vlm.pictures(shown))
     cache.fill(3, [None], lambda _: units)
     back = FeatureCache(tmp_path, {}, torch.bfloat16).units([2, 0])

@@ -12,7 +12,7 @@ import evaluate
 import stepprune
 import train
 from baselines import cls_attention, random
-from benchmarks import scenes, speed
+from benchmarks import batches, scenes, speed
 from common import FrozenVLM
 
 MODEL = "tiny/llava"
@@ -30,7 +30,7 @@ def config(folder, **changes):
 
 
 def weights(run):
-    return load_file(Path(run) / "selector.safetensors")
+    return load_file(Path(run) / "selector/model.safetensors")
 
 
 def same(a, b):
@@ -46,10 +46,10 @@ def kill_at(monkeypatch, step):
     """The next run raises in the middle of `step`, as a kill would end it."""
     real = train.train_step
 
-    def dying(selector, vlm, batch, cfg, now):
+    def dying(selector, vlm, work, cfg, now, accelerator):
         if now == step:
             raise KeyboardInterrupt
-        return real(selector, vlm, batch, cfg, now)
+        return real(selector, vlm, work, cfg, now, accelerator)
     monkeypatch.setattr(train, "train_step", dying)
     return lambda: monkeypatch.setattr(train, "train_step", real)
 
@@ -62,7 +62,7 @@ def test_a_killed_run_ends_as_the_unbroken_one_and_a_seed_is_a_run(tmp_path, mon
     revive = kill_at(monkeypatch, 3)                   # step 2 is done and logged, but not in a checkpoint
     with pytest.raises(KeyboardInterrupt):
         train.train(config(tmp_path / "killed"))
-    assert not (tmp_path / "killed/selector.safetensors").exists()
+    assert not (tmp_path / "killed/selector").exists()
     revive()
     killed = train.train(config(tmp_path / "killed"))
     assert same(weights(whole), weights(killed))
@@ -87,11 +87,12 @@ def test_stepprune_resumes_exactly_and_every_question_is_a_row(tmp_path, monkeyp
     killed = train.train(config(tmp_path / "killed", **changes))
     assert same(weights(whole), weights(killed)) and without_time(whole) == without_time(killed)
     assert {"nll", "K", "K_sd", "K_soft", "grad_norm"} <= without_time(whole)[0].keys()
-    items = [scenes.Dialogues(0, 2, 0, 3)[i] for i in range(2)]
-    batch = train.collate(vlm, each=True)(items)
+    cfg = config("unused", turns=3, **changes)
+    items = [batches.open_data(cfg, vlm)[i] for i in range(2)]
+    batch = batches.collate(vlm, cfg)(items)
     assert batch.owner == [0] * 3 + [1] * 3 and batch.rows["input_ids"].shape[0] == 6
     text, valid = vlm.question(batch.rows)
-    for row, question in enumerate(q for _, turns in items for q, _ in turns[1:]):
+    for row, question in enumerate(q for _, _, turns, _ in items for q, _ in turns):
         ids = vlm.tokenizer(question, add_special_tokens=False)["input_ids"]
         assert valid[row].sum() == len(ids) and torch.equal(text[row][:len(ids)], vlm.lm.embed_tokens.weight[ids])
 
@@ -112,7 +113,7 @@ def test_every_method_goes_through_the_same_code_on_qwen(tmp_path, method):
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "checkpoint.pt"
+    path = tmp_path / "whole.json"
     path.write_text("old")
 
     def die(temporary):
@@ -124,21 +125,25 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path):
 
 
 def test_another_run_in_the_folder_is_named_not_overwritten(tmp_path, vlm):
-    train.open_run(config(tmp_path), vlm)
+    def begin(**changes):
+        cfg = config(tmp_path, **changes)
+        train.open_run(cfg, train.description(cfg, vlm, train.build_selector(cfg, vlm)))
+    begin()
+    begin(workers=3, micro=1)                          # the selector comes out the same
     with pytest.raises(ValueError, match="lr: 0.002 there, 0.5 here.*--overwrite"):
-        train.open_run(config(tmp_path, lr=.5), vlm)
-    train.open_run(config(tmp_path, lr=.5, overwrite=True), vlm)
-    assert json.loads((tmp_path / "config.json").read_text())["lr"] == .5
+        begin(lr=.5)
+    begin(lr=.5, overwrite=True)
+    assert json.loads((tmp_path / "config.json").read_text())["training"]["lr"] == .5
 
 
 def test_a_run_of_another_backbone_or_a_half_finished_one_is_refused(tmp_path, vlm):
     run = train.train(config(tmp_path / "run", steps=1))
-    saved = json.loads((run / "config.json").read_text())
-    saved["fingerprint"]["vision_width"] = 1024
-    (run / "config.json").write_text(json.dumps(saved))
+    saved = json.loads((run / "selector/config.json").read_text())
+    saved["backbone"]["vision_width"] = 1024
+    (run / "selector/config.json").write_text(json.dumps(saved))
     with pytest.raises(ValueError, match="another backbone.*vision_width: 1024 trained, 128 here"):
         train.load_run(run, vlm)
-    (run / "selector.safetensors").unlink()
+    (run / "selector/model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no finished run"):
         train.load_run(run, vlm)
 
@@ -277,7 +282,7 @@ def test_the_spread_of_an_adaptive_selector_by_hand():
 @pytest.mark.parametrize("model", ["tiny/llava", "tiny/qwen2_5_vl"])
 def test_the_shipped_checkpoints_know_their_world_and_pruning_hurts(model):
     vlm = FrozenVLM.from_pretrained(model)             # in bfloat16, as everything is measured
-    rows = scenes.load(420, sizes=scenes.SIZES[vlm.family])
+    rows = scenes.load(420, sizes=scenes.sizes_of(vlm.family))
     both = {"random": evaluate.per_picture(random.select), "evidence": ORACLE}
     full, floor, best = evaluate.summarise(*evaluate.measure(vlm, both, rows, [16]))
     for family, bar in dict(exist=.9, colour=.9, shape=.9, where=.88, relation=.8, count=.8, text=.7).items():
