@@ -44,7 +44,7 @@ def flags(cfg) -> list[str]:
 
 def close(a, b, atol=2e-5):
     assert a.keys() == b.keys()
-    for k in a.keys() - {"scorer.head.bias"}:          # z-scores take it out: its gradient is rounding, and Adam's step so
+    for k in a.keys() - {"scorer.head.bias"}:          # z-scores take it out: its gradient is nought but rounding
         assert torch.allclose(a[k].double(), b[k].double(), rtol=1e-3, atol=atol), k
 
 
