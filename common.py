@@ -499,8 +499,8 @@ def _reading(name: str):
         if found(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) and not Path(name).is_dir():
             raise ConnectionError(f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
                                   "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
-        raise FileNotFoundError(f"{nowhere}expected a folder with a config.json, or a name on the Hugging Face hub "
-                                f"({error}); train or download it first") from error
+        raise FileNotFoundError(f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
+                                f"Face hub; train or download it first ({error})") from error
 
 
 def blank_model(config: PreTrainedConfig, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:
