@@ -17,6 +17,7 @@ import copy
 import json
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -252,8 +253,9 @@ def main(args=None) -> dict:
     cfg, given = parse(args), sys.argv[1:] if args is None else args
     label = cfg.name + "-shrunk" * cfg.shrink
     out = cfg.out or Path("results/gpu") / label
-    vlm = FrozenVLM.from_pretrained(shapes.write(cfg.name, Path("runs/shapes") / label, cfg.shrink),
-                                    getattr(torch, cfg.dtype), cfg.device, cfg.attn, random_weights=True)
+    with tempfile.TemporaryDirectory() as folder:
+        vlm = FrozenVLM.from_pretrained(shapes.write(cfg.name, folder, cfg.shrink), getattr(torch, cfg.dtype),
+                                        cfg.device, cfg.attn, random_weights=True)
     found = {"command": f"python -m benchmarks.gpu {' '.join(map(str, given))}", "weights": "random",
              "model": label, "dtype": cfg.dtype, "attention": cfg.attn, **hardware(vlm.device)}
     peak = roofline(vlm.device)
