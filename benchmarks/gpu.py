@@ -92,7 +92,7 @@ def loss_of(method: str, vlm: FrozenVLM, net, batch) -> torch.Tensor:
             return net(*units.pad(), pixels, units.grid)[0]
         v, valid = units.pad()
         if method == "autoselect":
-            gated, price = net(v, valid)[0], 0.
+            gated, price = net(v, valid, min(64, int(valid.sum(1).min())))[0], 0.
         else:
             gated, _, _, expected = net(v, valid, *vlm.question(batch), tau=.2)
             price = (expected / valid.sum(1)).mean()

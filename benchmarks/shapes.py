@@ -8,6 +8,7 @@ vocabulary, and the ids of the special tokens are its own. The embedding has the
 """
 
 import argparse
+import copy
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def config(name: str, shrink: bool = False) -> PreTrainedConfig:
     as in the real one. Raises ValueError for a name that is not in SHAPES."""
     if name not in SHAPES:
         raise ValueError(f"backbone {name!r}: expected one of {', '.join(SHAPES)}")
-    kind, vision, text, more = SHAPES[name]
+    kind, vision, text, more = copy.deepcopy(SHAPES[name])          # transformers writes into what it is given
     tok = tokenizer(kind.model_type)
     text = text | dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
     if shrink:
