@@ -130,7 +130,7 @@ def processor(family: str):
         return LlavaNextProcessor(images, tok, chat_template=VICUNA_TEMPLATE, **patches)
     if family == "qwen2_5_vl":
         images = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
-                                       size={"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28})
+                                          size={"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28})
         written = "<|vision_start|><|image_pad|><|vision_end|>"
         return ImageOnlyQwenProcessor(images, tok, chat_template=QWEN_TEMPLATE.replace("KIND", "image").replace(
             "IMAGE", written))

@@ -243,7 +243,7 @@ def test_the_gpu_program_runs_whole_on_the_cpu(tmp_path, monkeypatch, one_thread
     assert [(x["batch"], x["visual tokens"]) for x in found["first"]] == [(1, 16), (1, 8), (2, 16), (2, 8)]
     full, pruned = found["first"][2:]
     assert full["AutoSelect"] is None and full["first token, AutoSelect"] == full["vision"] + full["rest"]
-    assert 0 < pruned["its bound "] < full["its bound "] and pruned["AutoSelect"] > 0 < pruned["StepPrune"]
+    assert 0 < pruned["its bound "] <= full["its bound "] and pruned["AutoSelect"] > 0 < pruned["StepPrune"]
     assert [x["method"] for x in found["select"]] == ["autoselect", "stepprune", "recon"] * 2
     assert all(x["eager"] > 0 and x["compiled"] is None for x in found["select"])
 
