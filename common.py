@@ -28,12 +28,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors as hub
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     BatchFeature,
@@ -474,6 +477,56 @@ ADAPTERS = {"llava": LlavaAdapter, "llava_next": LlavaNextAdapter, "qwen2_5_vl":
             "llava_onevision": LlavaOnevisionAdapter}
 
 
+@contextmanager
+def _reading(name: str):
+    """What goes wrong in it while the checkpoint `name` is read -> one sentence with the cause and what to do."""
+    try:
+        yield
+    except OSError as error:
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+
+        def found(*kinds) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+        nowhere = f"no checkpoint at {name!r}: "
+        if found(hub.GatedRepoError):
+            raise PermissionError(f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then log in "
+                                  "with `hf auth login` or set HF_TOKEN to a token of that account") from error
+        if found(hub.RepositoryNotFoundError):
+            raise FileNotFoundError(f"{nowhere}neither a folder here nor a model on the Hugging Face hub; check the "
+                                    "spelling, or log in with `hf auth login` if it is private") from error
+        if found(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError) and not Path(name).is_dir():
+            raise ConnectionError(f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
+                                  "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
+        raise FileNotFoundError(f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
+                                f"Face hub; train or download it first ({error})") from error
+
+
+def blank_model(config: PreTrainedConfig, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:
+    """The model of a config with random weights, always the same, made on the device and in dtype from the start: no
+    other copy is ever made. On "meta" it has shapes alone, in no memory."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attn)
+
+
+def weight_bytes(config: PreTrainedConfig, dtype=torch.bfloat16) -> int:
+    """What the weights of a config take in dtype, counted on its modules."""
+    return sum(p.numel() * p.element_size() for p in blank_model(config, dtype).parameters())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left for new tensors; None where nothing tells (other than CUDA and Linux)."""
+    if device.type == "cuda":                          # what PyTorch holds without using it is free, too
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(
+            device)
+    if device.type == "cpu" and (info := Path("/proc/meminfo")).exists():
+        return 1024 * int(dict(line.split(":") for line in info.read_text().splitlines())["MemAvailable"].split()[0])
+    return None
+
+
 class FrozenVLM(nn.Module):
     """A VLM that is never trained, and whose visual tokens can be pruned. Build it with from_pretrained()."""
 
@@ -495,23 +548,41 @@ class FrozenVLM(nn.Module):
         self.end = self.tokenizer.eos_token if bare else ""
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa") -> "FrozenVLM":
+    def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa",
+                        random_weights: bool = False) -> "FrozenVLM":
         """Load a checkpoint folder or hub name; attn is the attn_implementation of transformers.
 
-        Raises FileNotFoundError if there is no such checkpoint, ValueError if its family is not supported.
+        random_weights: read config, tokenizer and processor alone and draw the weights, always the same, on the device:
+        memory and speed of a model without its download. Its answers mean nothing, and it says so.
+        Raises before a weight is read: FileNotFoundError if there is no such checkpoint, PermissionError if it is
+        gated, ConnectionError if the hub cannot be asked, ValueError if its family is not supported, MemoryError if the
+        weights do not fit the device.
         """
-        name = str(name_or_path)
-        try:
+        name, device = str(name_or_path), torch.device(device)
+        with _reading(name):
+            folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"    # the hub's are owner/model
+            if folder and not Path(name, "config.json").exists():
+                raise OSError("there is none")
             family = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(f"no checkpoint at {name!r}: expected a folder with a config.json, or a "
-                                    "name on the Hugging Face hub; train or download it first") from error
         if family not in ADAPTERS:
             raise ValueError(f"{name!r} has model_type {family!r}: expected one of {', '.join(ADAPTERS)}; "
                              "a further family needs a subclass of Adapter in common.py, which says how, and a line "
                              "in ADAPTERS there")
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation=attn)
-        return cls(model.to(device), ADAPTERS[family].processor_class.from_pretrained(name))
+        with _reading(name):
+            config, processor = AutoConfig.from_pretrained(name), ADAPTERS[family].processor_class.from_pretrained(name)
+        need, free = weight_bytes(config, dtype), free_bytes(device)
+        if free is not None and need > free:
+            raise MemoryError(f"the weights of {name!r} need {need / 2**30:.1f} GiB in {dtype}, {device} has "
+                              f"{free / 2**30:.1f} GiB free: choose a smaller dtype, such as bfloat16, or another "
+                              "device, or end what else runs there")
+        if random_weights:
+            print(f"RANDOM WEIGHTS: OF {name} ONLY THE SHAPES ARE REAL, ITS ANSWERS ARE MEANINGLESS")
+            return cls(blank_model(config, dtype, device, attn), processor)
+        with _reading(name):
+            # straight to the device: the CPU's memory may be smaller than the GPU's
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, attn_implementation=attn, device_map=None if device.type == "cpu" else {"": device})
+        return cls(model, processor)
 
     def train(self, mode: bool = True) -> "FrozenVLM":
         """Does nothing: a frozen model has no training mode, whatever the selector around it is put into."""
@@ -617,6 +688,13 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
+    def _check_lengths(self, mask: Tensor) -> None:
+        limit, lengths = self.model.config.text_config.max_position_embeddings, mask.sum(1).tolist()
+        if long := [row for row, n in enumerate(lengths) if n > limit]:
+            raise ValueError(f"row {long[0]} has {lengths[long[0]]} tokens, those of its image included: expected at "
+                             f"most {limit}, the language model's max_position_embeddings; shorten its turns, or take "
+                             "a smaller picture or fewer frames")
+
     @staticmethod
     def _rgb(images: list) -> list:
         return [[frame.convert("RGB") for frame in x] if isinstance(x, list) else x.convert("RGB") for x in images]
@@ -637,7 +715,8 @@ class FrozenVLM(nn.Module):
         turns[b] is [(question, answer), ...]; a last answer of None ends the prompt where the model is to
         speak. Returns a dict with input_ids, attention_mask and labels (B, L), left padded, and the processor's
         pixels. labels is -100 but for the tokens of the answers and of the end-of-turn mark after each.
-        Raises ValueError on rows that do not fit, empty texts, and words that the tokenizer does not know.
+        Raises ValueError on rows that do not fit, empty texts, words that the tokenizer does not know, and rows longer
+        than the language model has positions.
         """
         self._check_turns(images, turns)
         texts, spans = zip(*(self._dialogue(dialogue, twice) for dialogue in turns))
@@ -645,6 +724,7 @@ class FrozenVLM(nn.Module):
         special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
         batch = self.adapter.inputs(self.processor, self._rgb(images), list(texts), padding=True,
                                     add_special_tokens=special, return_tensors="pt")
+        self._check_lengths(batch["attention_mask"])
         batch["labels"] = self._labels(batch, texts, spans, special)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         asked = self.tokenizer([" ".join(question for question, _ in dialogue) for dialogue in turns],

@@ -1,0 +1,184 @@
+"""Checkpoint folders of the real backbones' sizes, without weights: `python -m benchmarks.shapes llava-1.5-7b FOLDER`.
+
+A folder holds a config.json with the true sizes, and a tokenizer, chat template and image processor of the true layout.
+FrozenVLM.from_pretrained(FOLDER, random_weights=True) makes a model of it that takes the time and the memory of the
+downloaded one and answers nonsense; no network is needed. What is not real: the tokenizer. It spells any text in bytes
+but knows as one token only what the tiny world says, so other text is about four times as long as with the real
+vocabulary, and the ids of the special tokens are its own. The embedding has the true number of rows all the same.
+"""
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionImageProcessorPil,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2VLImageProcessorPil,
+)
+
+from common import ImageOnlyProcessor, ImageOnlyQwenProcessor, weight_bytes
+from tiny import scenes
+
+CLIP = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+            num_attention_heads=16, patch_size=14, image_size=336, projection_dim=768)
+INTERNVIT = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
+                 patch_size=[14, 14], image_size=[448, 448], attention_bias=True, layer_scale_init_value=.1)
+SIGLIP = dict(model_type="siglip_vision_model", hidden_size=1152, intermediate_size=4304, num_hidden_layers=26,
+              num_attention_heads=16, patch_size=14, image_size=384, vision_use_head=False)
+QWEN_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
+                   spatial_merge_size=2, temporal_patch_size=2, fullatt_block_indexes=[7, 15, 23, 31],
+                   out_hidden_size=3584)
+VICUNA = dict(model_type="llama", hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, vocab_size=32064,
+              num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5)
+QWEN = dict(model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+            num_key_value_heads=4, max_position_embeddings=32768, tie_word_embeddings=False)
+ROPE = dict(rope_type="default", rope_theta=1e6)
+
+VICUNA_TEMPLATE = (
+    "{% for m in messages %}{{ m['role'].upper() + ': ' }}{% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "<image>\n{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
+QWEN_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}{% if c['type'] == 'KIND' %}"
+    "IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHAT = dict(turn_token="<|im_start|>", end_token="<|im_end|>")
+MARKS = {                                              # the special tokens that each family's processor asks for
+    "llava": dict(image_token="<image>"), "llava_next": dict(image_token="<image>"),
+    "qwen2_5_vl": dict(image_token="<|image_pad|>", video_token="<|video_pad|>", vision_bos_token="<|vision_start|>",
+                       vision_eos_token="<|vision_end|>", **CHAT),
+    "internvl": dict(start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
+                     video_token="<video>", **CHAT),
+    "llava_onevision": dict(image_token="<image>", video_token="<video>", **CHAT)}
+
+# name -> config class, vision, text, and the rest of it; read off the published config.json
+SHAPES = {
+    "llava-1.5-7b": (LlavaConfig, CLIP, VICUNA, {}),
+    "llava-next-vicuna-7b": (LlavaNextConfig, CLIP, VICUNA, dict(
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]])),
+    "qwen2.5-vl-7b": (Qwen2_5_VLConfig, QWEN_VISION, QWEN | dict(
+        model_type="qwen2_5_vl_text", vocab_size=152064, max_position_embeddings=128000,
+        rope_parameters=ROPE | dict(mrope_section=[16, 24, 24])), {}),
+    "internvl3-8b": (InternVLConfig, INTERNVIT, QWEN | dict(vocab_size=151674, rope_parameters=ROPE), {}),
+    "llava-onevision-7b": (LlavaOnevisionConfig, SIGLIP, QWEN | dict(vocab_size=152000, rope_parameters=ROPE), {})}
+
+SMALL_TEXT = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+                  num_key_value_heads=2, vocab_size=1024)
+SMALL_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+
+
+def tokenizer(family: str) -> PreTrainedTokenizerFast:
+    """Bytes, merged to the words of the tiny world; see the top of this file."""
+    end, marks = "<|im_end|>" if "end_token" in MARKS[family] else "</s>", MARKS[family]
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words = scenes.vocabulary()
+    core.train_from_iterator([[word, f" {word}"] for word in words], trainers.BpeTrainer(
+        vocab_size=900, special_tokens=["<pad>", "<s>", "</s>", *marks.values()], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token=end,
+                                   extra_special_tokens=marks)
+
+
+def config(name: str, shrink: bool = False) -> PreTrainedConfig:
+    """The backbone's config. shrink: 3 narrow layers and a small vocabulary, but pictures, patches and tokens as many
+    as in the real one. Raises ValueError for a name that is not in SHAPES."""
+    if name not in SHAPES:
+        raise ValueError(f"backbone {name!r}: expected one of {', '.join(SHAPES)}")
+    kind, vision, text, more = copy.deepcopy(SHAPES[name])          # transformers writes into what it is given
+    tok = tokenizer(kind.model_type)
+    text = text | dict(bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id)
+    if shrink:
+        text, vision = text | SMALL_TEXT, vision | SMALL_VISION
+        if kind is Qwen2_5_VLConfig:
+            text["rope_parameters"] = text["rope_parameters"] | dict(mrope_section=[2, 3, 3])
+            vision |= dict(depth=3, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64)
+    ids = {key: tok.convert_tokens_to_ids(token) for key, token in MARKS[kind.model_type].items()}
+    if kind in (Qwen2_5_VLConfig, InternVLConfig):
+        more = more | dict(image_token_id=ids.get("image_token", ids.get("context_image_token")))
+        if kind is Qwen2_5_VLConfig:
+            more |= dict(video_token_id=ids["video_token"], vision_start_token_id=ids["vision_bos_token"],
+                         vision_end_token_id=ids["vision_eos_token"])
+    else:
+        more = more | dict(image_token_index=ids["image_token"])
+        more |= dict(video_token_index=ids["video_token"]) if "video_token" in ids else {}
+    return kind(vision_config=vision, text_config=text, tie_word_embeddings=False, **more)
+
+
+def processor(family: str):
+    """Tokenizer, image processor at the backbone's resolution and chat template."""
+    tok, clip = tokenizer(family), dict(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
+    patches = dict(patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1)
+    if family == "llava":
+        return LlavaProcessor(CLIPImageProcessorPil(**clip), tok, chat_template=VICUNA_TEMPLATE, **patches)
+    if family == "llava_next":
+        images = LlavaNextImageProcessorPil(**SHAPES["llava-next-vicuna-7b"][3], **clip)
+        return LlavaNextProcessor(images, tok, chat_template=VICUNA_TEMPLATE, **patches)
+    if family == "qwen2_5_vl":
+        images = Qwen2VLImageProcessorPil(patch_size=14, merge_size=2, temporal_patch_size=2,
+                                          size={"shortest_edge": 56 * 56, "longest_edge": 16384 * 28 * 28})
+        written = "<|vision_start|><|image_pad|><|vision_end|>"
+        return ImageOnlyQwenProcessor(images, tok, chat_template=QWEN_TEMPLATE.replace("KIND", "image").replace(
+            "IMAGE", written))
+    if family == "internvl":
+        images, kind = GotOcr2ImageProcessorPil(size={"height": 448, "width": 448}, max_patches=12), "image"
+    else:
+        images, kind = LlavaOnevisionImageProcessorPil(size={"height": 384, "width": 384}), "video"
+    written = {"image": "<IMG_CONTEXT>\n", "video": "<video>\n"}[kind]
+    return ImageOnlyProcessor(images, tok, chat_template=QWEN_TEMPLATE.replace("KIND", kind).replace("IMAGE", written))
+
+
+def write(name: str, folder, shrink: bool = False) -> str:
+    """The checkpoint folder of a backbone, without weights; returns its path."""
+    shape = config(name, shrink)
+    shape.architectures = [type(shape).__name__.removesuffix("Config") + "ForConditionalGeneration"]
+    shape.save_pretrained(folder)
+    processor(shape.model_type).save_pretrained(folder)
+    return str(folder)
+
+
+def memory(config: PreTrainedConfig, dtype=torch.bfloat16, rows: int = 1, tokens: int = 640) -> dict[str, int]:
+    """Bytes that a model needs for `rows` prompts of `tokens` tokens.
+
+    weights: counted exactly. cache: keys and values of every layer. training: what backward needs beside the weights
+    with checkpointing, roughly: the input of every layer, and within the one that is recomputed its queries, keys,
+    values, attention output, three states and, of the gated feed-forward, four of its width; then float32 logits
+    and their gradient for 64 answer tokens a row. Not in it: the vision encoder's own working memory, the selector.
+    """
+    text, size = config.text_config, torch.finfo(dtype).bits // 8
+    layers, width, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
+    keys = 2 * text.num_key_value_heads * (getattr(text, "head_dim", None) or width // heads)
+    inside = 5 * width + keys + 4 * text.intermediate_size
+    return {"weights": weight_bytes(config, dtype), "cache": rows * tokens * layers * keys * size,
+            "training": rows * (tokens * (layers * width + inside) * size + 64 * text.vocab_size * 2 * 4)}
+
+
+def main(args=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(SHAPES), help="the backbone")
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--shrink", action="store_true", help="3 narrow layers instead of the true sizes: a smoke test")
+    cfg = parser.parse_args(args)
+    write(cfg.name, cfg.folder, cfg.shrink)
+    need = memory(config(cfg.name, cfg.shrink))
+    print(f"{cfg.folder}: {cfg.name} without weights, {need['weights'] / 2e9:.2f} G parameters; GiB in bfloat16, for "
+          f"one row of 640 tokens: {', '.join(f'{part} {size / 2**30:.2f}' for part, size in need.items())}\n"
+          "Load it with random_weights=True: its answers are meaningless.")
+
+
+if __name__ == "__main__":
+    main()
