@@ -268,7 +268,7 @@ def test_nothing_of_use_stops_with_the_count_and_the_first_causes(tmp_path, inst
     monkeypatch.setattr(rows, "BLOCK", 8)              # and does not go through a million first
     with pytest.raises(ValueError, match="none of 8 rows"):
         open_source("imagenet-captions", tmp_path / "c")[0]
-    with pytest.raises(ValueError, match="none of (8|10|12) rows"):
+    with pytest.raises(ValueError, match=r"none of 1\d rows"):
         next(iter(Stream(open_source("imagenet-captions", tmp_path / "c", stream=True), 0, 30)))
     (instruct / "text.json").write_text(json.dumps([{"conversations": said("hello", "you")}] * 3))
     with pytest.raises(ValueError, match="text.json has no row that can be used; left out: {'text only': 3}"):
@@ -283,8 +283,9 @@ def seen(stream):
 
 @pytest.fixture
 def streamed(tmp_path, monkeypatch):
-    """30 rows in 3 shards and 9 row groups, in blocks of 8 rows or more; 4 rows of no use."""
+    """30 rows in 3 shards and 9 row groups, in blocks of two groups and 8 rows or more; 4 rows of no use."""
     monkeypatch.setattr(rows, "BLOCK", 8)
+    monkeypatch.setattr(rows, "GROUPS", 2)
     return open_source("imagenet-captions", captioned(tmp_path, 30, bad=[3, 17], empty=[4, 29]), stream=True)
 
 
