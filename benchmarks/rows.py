@@ -26,6 +26,7 @@ from PIL import Image
 from benchmarks.folder import open_picture
 
 BLOCK = 1000    # rows that are shuffled among one another while streaming, and rows of no use in a row that stop a run
+GROUPS = 4      # row groups at least that are shuffled together, for neighbours may be of one class
 MARK = "<image>"
 
 
@@ -252,9 +253,9 @@ class Stream(torch.utils.data.IterableDataset):
     """Items start to stop-1 of epochs without end over Shards, those g that are `mine(g)`.
 
     Item g is a function of (seed, g) alone, whatever was read before: an epoch shuffles the row groups of all files,
-    takes them together to blocks of at least BLOCK rows, and shuffles each block. So a resumed run reads one block
-    to go on, where a shuffle buffer would have to be filled by all that came before. Where a row is of no use the next
-    in its block stands in; a block of nothing else stops the run. Pictures are decoded when they are given out.
+    takes GROUPS or more of them to a block of at least BLOCK rows, and shuffles each block. So a resumed run reads one
+    block to go on; a shuffle buffer would have to be filled anew by all that came before. Where a row is of no use the
+    next in its block stands in; a block of nothing else stops the run. Pictures are decoded when they are given out.
     Raises ValueError for a range that is none, a negative seed, or in more than one worker process.
     """
 
@@ -289,7 +290,7 @@ class Stream(torch.utils.data.IterableDataset):
         """The pieces of each block."""
         blocks, rows = [[]], 0
         for p in shuffled(len(self.source.pieces), self.seed, epoch):
-            if rows >= BLOCK:
+            if rows >= BLOCK and len(blocks[-1]) >= GROUPS:
                 blocks.append([])
                 rows = 0
             blocks[-1].append(int(p))
@@ -304,7 +305,7 @@ class Stream(torch.utils.data.IterableDataset):
         with ThreadPoolExecutor(8) as pool:            # to wait for the network once
             tables = list(pool.map(lambda p: self.source.table(*self.source.pieces[p][:2]), pieces))
         rows = [(p, table, int(r)) for p, table in zip(pieces, tables) for r in self.source.pieces[p][3]]
-        return [rows[i] for i in shuffled(len(rows), self.seed, self.epoch, block)]
+        return [rows[i] for i in shuffled(len(rows), self.seed, self.epoch, block + 1)]     # 0 would be no key
 
     def row(self, i: int) -> tuple[str, dict]:
         p, table, r = self.rows[i]

@@ -1,6 +1,7 @@
 """Training data by name: captions, dialogues, pictures; from local files, or streamed from the Hugging Face hub."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,7 @@ def describe(data) -> str:
     """One line on the Rows, Shards or Stream: name, rows of use as far as is known yet, files, rows left out."""
     data = data.source if isinstance(data, Stream) else data
     left = ", ".join(f"{n} {cause}" for cause, n in data.skipped.items())
-    how = f"streamed in blocks of {BLOCK} rows" if isinstance(data, Shards) else "from local files"
+    how = f"streamed in blocks of {BLOCK} rows or more" if isinstance(data, Shards) else "from local files"
     files = f"{len(data.files)} file{'s' * (len(data.files) != 1)}"
     return f"{data.read.name}: {len(data)} rows of {data.where}, {files}, {how}" + f"; left out: {left}" * bool(left)
 
@@ -131,19 +132,37 @@ def of_split(there, split, where) -> list[str]:
 
 
 def from_json(path: Path) -> tuple[Dataset, Counter]:
-    """The rows of a JSON list that have a picture, each as text, for worker processes to share; what was skipped."""
+    """The rows of a JSON list that have a picture, as text, for worker processes to share; what was skipped.
+
+    A row at a time: parsed at once, LLaVA-665K would take several times the room of its file.
+    """
+    tables, part, skipped, useful = [], [], Counter(), False
     try:
-        rows = json.loads(path.read_bytes())
+        for i, (row, text) in enumerate(each(path.read_bytes().decode())):
+            useful = useful or isinstance(row, dict) and "conversations" in row
+            if isinstance(row, dict) and not row.get("image") and MARK not in text:
+                skipped["text only"] += 1
+                continue
+            part.append({"number": i, "json": text})
+            if len(part) == 10_000:
+                tables.append(pa.Table.from_pylist(part))
+                part = []
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): download it anew") from None
-    if not isinstance(rows, list) or not any(isinstance(row, dict) and "conversations" in row for row in rows):
+        raise ValueError(f"{path} is not a JSON list ({error}): download it anew") from None
+    if not useful:
         raise ValueError(f"{path}: expected a list of rows with the keys image and conversations")
-    numbers, texts = [], []
-    for i, row in enumerate(rows):
-        text = json.dumps(row)
-        if not isinstance(row, dict) or row.get("image") or MARK in text:
-            numbers.append(i)
-            texts.append(text)
-    table = pa.table({"number": numbers, "json": pa.array(texts, pa.large_string())})
-    skipped = Counter({"text only": len(rows) - len(numbers)})
-    return Dataset(table), +skipped
+    schema = pa.schema({"number": pa.int64(), "json": pa.string()})
+    table = pa.concat_tables([*tables, pa.Table.from_pylist(part, schema)])
+    return Dataset(table, fingerprint="json"), skipped                         # else `datasets` hashes a copy of it
+
+
+def each(text: str):
+    """(row, its text) of a JSON list."""
+    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
+    if not (start := re.compile(r"\s*\[").match(text)):
+        raise ValueError(f"it begins with {text[:20]!r}")
+    begin = between.match(text, start.end()).end()
+    while text[begin:begin + 1] != "]":
+        row, end = decoder.raw_decode(text, begin)     # raises at the end of what was cut short
+        yield row, text[begin:end]
+        begin = between.match(text, end).end()

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -267,7 +268,7 @@ def test_nothing_of_use_stops_with_the_count_and_the_first_causes(tmp_path, inst
     monkeypatch.setattr(rows, "BLOCK", 8)              # and does not go through a million first
     with pytest.raises(ValueError, match="none of 8 rows"):
         open_source("imagenet-captions", tmp_path / "c")[0]
-    with pytest.raises(ValueError, match="none of (8|10|12) rows"):
+    with pytest.raises(ValueError, match=r"none of 1\d rows"):
         next(iter(Stream(open_source("imagenet-captions", tmp_path / "c", stream=True), 0, 30)))
     (instruct / "text.json").write_text(json.dumps([{"conversations": said("hello", "you")}] * 3))
     with pytest.raises(ValueError, match="text.json has no row that can be used; left out: {'text only': 3}"):
@@ -282,8 +283,9 @@ def seen(stream):
 
 @pytest.fixture
 def streamed(tmp_path, monkeypatch):
-    """30 rows in 3 shards and 9 row groups, in blocks of 8 rows or more; 4 rows of no use."""
+    """30 rows in 3 shards and 9 row groups, in blocks of two groups and 8 rows or more; 4 rows of no use."""
     monkeypatch.setattr(rows, "BLOCK", 8)
+    monkeypatch.setattr(rows, "GROUPS", 2)
     return open_source("imagenet-captions", captioned(tmp_path, 30, bad=[3, 17], empty=[4, 29]), stream=True)
 
 
@@ -341,17 +343,19 @@ def test_a_stream_reads_only_the_blocks_that_it_gives_items_of(streamed, monkeyp
     assert len(read) == len(stream.blocks[-1]) < len(streamed.pieces) == 9
 
 
-def test_one_worker_process_gives_the_same_and_more_are_refused(streamed):
+def test_one_worker_process_gives_the_same_and_more_are_refused(streamed, monkeypatch):
     def collate(items):
         return seen(items)
 
     stream = Stream(streamed, 0, 40, 3)
     alone, worker = ([*DataLoader(stream, 8, num_workers=n, collate_fn=collate)] for n in (0, 1))
     assert alone == worker and len(alone) == 5
-    with pytest.raises(ValueError, match="a stream takes 0 or 1"):
-        next(iter(DataLoader(stream, 8, num_workers=2, collate_fn=collate)))
     clone = pickle.loads(pickle.dumps(stream))
     assert seen(clone) == sum(alone, [])
+    two = SimpleNamespace(num_workers=2)               # DataLoader takes 10 s to end workers that raise
+    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: two)
+    with pytest.raises(ValueError, match="a stream takes 0 or 1"):
+        next(iter(stream))
 
 
 def test_the_order_of_rows_is_that_of_datasets_own_stream(streamed):
@@ -377,6 +381,7 @@ def test_what_is_wrong_is_said_at_once(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.json").write_text('[{"image": ')
     (tmp_path / "other.json").write_text('{"a": 1}')
+    (tmp_path / "list.json").write_text('[{"a": 1}]')
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "few.parquet").read_bytes()[:-9])
     pq.write_table(pa.table({"image": pa.array([], pa.string())}), tmp_path / "none.parquet")
     for error, match, *args in (
@@ -388,8 +393,9 @@ def test_what_is_wrong_is_said_at_once(tmp_path):
             (ValueError, "few.parquet lacks caption_enriched; its columns are image", "imagenet-captions",
              tmp_path / "few.parquet"),
             (ValueError, "prompt=' ': expected the question", "imagenet-captions", tmp_path / "c", None, " "),
-            (ValueError, "bad.json is not JSON", "llava-665k", tmp_path / "bad.json"),
-            (ValueError, "other.json: expected a list of rows", "llava-665k", tmp_path / "other.json"),
+            (ValueError, "bad.json is not a JSON list", "llava-665k", tmp_path / "bad.json"),
+            (ValueError, "other.json is not a JSON list .it begins with", "llava-665k", tmp_path / "other.json"),
+            (ValueError, "list.json: expected a list of rows", "llava-665k", tmp_path / "list.json"),
             (ValueError, "cut.parquet cannot be read", "coco", tmp_path / "cut.parquet"),
             (ValueError, "hold no row", "coco", tmp_path / "none.parquet"),
             (ValueError, "pictures elsewhere: name the folder", "llava-665k")):
