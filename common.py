@@ -688,13 +688,6 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
-    def _check_lengths(self, mask: Tensor) -> None:
-        limit, lengths = self.model.config.text_config.max_position_embeddings, mask.sum(1).tolist()
-        if long := [row for row, n in enumerate(lengths) if n > limit]:
-            raise ValueError(f"row {long[0]} has {lengths[long[0]]} tokens, those of its image included: expected at "
-                             f"most {limit}, the language model's max_position_embeddings; shorten its turns, or take "
-                             "a smaller picture or fewer frames")
-
     @staticmethod
     def _rgb(images: list) -> list:
         return [[frame.convert("RGB") for frame in x] if isinstance(x, list) else x.convert("RGB") for x in images]
@@ -724,13 +717,20 @@ class FrozenVLM(nn.Module):
         special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
         batch = self.adapter.inputs(self.processor, self._rgb(images), list(texts), padding=True,
                                     add_special_tokens=special, return_tensors="pt")
-        self._check_lengths(batch["attention_mask"])
         batch["labels"] = self._labels(batch, texts, spans, special)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         asked = self.tokenizer([" ".join(question for question, _ in dialogue) for dialogue in turns],
                                add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
+        self._check_lengths(batch["attention_mask"])
         batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
         return batch.to(self.device if device is None else device)
+
+    def _check_lengths(self, mask: Tensor) -> None:
+        limit, lengths = self.model.config.text_config.max_position_embeddings, mask.sum(1).tolist()
+        if long := [row for row, n in enumerate(lengths) if n > limit]:
+            raise ValueError(f"row {long[0]} has {lengths[long[0]]} tokens, those of its image included: expected at "
+                             f"most {limit}, the language model's max_position_embeddings; shorten its turns, or take "
+                             "a smaller picture or fewer frames")
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
