@@ -67,8 +67,8 @@ class Way:
 
     def heat(self, size: int) -> torch.Tensor:
         """(size,) scores or, where there are none, 1 for what was kept."""
-        return (self.scores(*self.seen).flatten().float() if self.scores else
-                torch.zeros(size, device=self.order.device).index_fill(0, self.order, 1.))
+        return (self.scores(*self.seen).flatten().float().cpu() if self.scores else
+                torch.zeros(size).index_fill(0, self.order.cpu(), 1.))
 
 
 class Stamped(TextStreamer):
@@ -107,19 +107,21 @@ def trained_way(cfg: AnswerConfig, net, config, k: int, biases: dict | None) -> 
 
 def ask(cfg: AnswerConfig, vlm: FrozenVLM, way: Way, images, units: Units, question: str, vision_ms: float) -> dict:
     """One question, one way: the answer, and the milliseconds of each stage."""
-    clock, stream, size = Clock(vlm.device), Stamped(vlm.tokenizer, skip_special_tokens=True), sum(units.counts)
+    clock, stream = Clock(vlm.device), Stamped(vlm.tokenizer, skip_special_tokens=True)
+    size = int(units.pad(units.image_of)[1].sum())     # units that have a token
 
     def select(*seen):
         with clock("select", 1):
             orders = way.select(*seen)
         way.seen, way.order = seen, orders[0]
         return orders
-    batch, fresh = vlm.batch([images], [[(question, None)]], twice=way.layer > 0), way.anew or way.chat is None
+    fresh, alone = way.anew or way.chat is None, [[(question, None)]]
     if way.select and fresh and not way.layer:
-        select(units, vlm.question(batch))
-    print(way.name + (f", {len(way.order)} of {size}" if way.select and not way.layer else ""), end=": ", flush=True)
+        select(units, vlm.question(vlm.batch([images], alone)))
+    print(way.name + (f", {len(way.order)} of {size}" if way.select and not way.layer else "") +
+          ", chosen for this question" * way.anew, end=": ", flush=True)
     if way.layer:
-        prompt = vlm.embed(batch, units)
+        prompt = vlm.embed(vlm.batch([images], alone, twice=True), units)
         answer = vlm.generate_within(prompt, {way.layer: select}, cfg.max_new_tokens, stream)[0]
     else:
         if fresh:
@@ -136,13 +138,12 @@ def ask(cfg: AnswerConfig, vlm: FrozenVLM, way: Way, images, units: Units, quest
 
 def table(lines: list[dict]) -> str:
     """The stages of every answer as Markdown; "x": how much faster than all tokens in the same turn."""
-    head = ["turn", "tokens", "kept", "vision ms", "selection ms", "prefill ms", "decode ms a token", "first token ms"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    out = ["| turn | tokens | kept | vision ms | selection ms | prefill ms | decode ms a token | first token ms |",
+           "|" + "---|" * 8]
     for x in lines:
         decode = "-" if x["decode_ms"] is None else f"{x['decode_ms']:.1f}"
-        out.append(f"| {x['turn']} | {x['way']} | {x['kept']} | {x['vision_ms']:.1f} | {x['select_ms']:.1f} | "
-                   f"{x['prefill_ms']:.1f}, {x['prefill_ratio']:.2f}x | {decode} | "
-                   f"{x['first_ms']:.1f}, {x['first_ratio']:.2f}x |")
+        out.append("| {turn} | {way} | {kept} | {vision_ms:.1f} | {select_ms:.1f} | {prefill_ms:.1f}, "
+                   "{prefill_ratio:.2f}x | {decode} | {first_ms:.1f}, {first_ratio:.2f}x |".format(**x, decode=decode))
     return "\n".join(out)
 
 
