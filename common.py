@@ -9,14 +9,17 @@ Only this file knows `transformers`. A selector sees `Units` and answers with in
     prompt = vlm.prune(batch, units, keep)      inference: the kept units alone, each at its ORIGINAL position
     vlm.loss(prompt), vlm.logits(prompt), vlm.generate(prompt)
     vlm.generate_within(prompt, {layer: rule})  inference: visual tokens leave inside the language model, too
+    chat = Chat(vlm, image, units, keep)        inference: chat.ask(question) answers, and remembers
 
 A unit is what the language model reads as one visual token: a CLIP patch in LLaVA, a 2x2 block of patches
 in Qwen2.5-VL and InternVL. Pruning here is exact: the logits are those of the full sequence with the dropped tokens
 hidden by the attention mask, because what stays keeps the rotary position it had there.
 
 An image may reach the encoder as several views: crops in LLaVA-NeXT, tiles in InternVL, frames in the two video
-families, where images[b] is a list of frames. All views of a row are one image to a selector; one that chooses in every
-view by itself asks Units.apart() and hands its answer to Units.together().
+families, where images[b] is a list of frames. In the others images[b] may be a list of images, which stand in front of
+the first question, in order; these are views, too. All views of a row are one image to a selector, and what it may keep
+is for the whole row; one that chooses in every view by itself asks Units.apart() and hands its answer to
+Units.together().
 
 Shapes  B rows (= images), M units of all images together, N most units of one image, C vision width,
         P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary,
@@ -24,6 +27,7 @@ Shapes  B rows (= images), M units of all images together, N most units of one i
 Extend  a further family is one more subclass of Adapter, which says how, and one more line in ADAPTERS.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -61,10 +65,12 @@ class Units:
 
     feats     (M, C), or (M, P, C) where a unit has P patches: raster order, all images one after another
     image_of  (M,) int64, row of the batch that the unit belongs to, ascending
-    grid      (rows, columns) of units, for every image; of one with several views, as if these stood one below another
+    grid      (rows, columns) of units, for every image; of one with several views, as if these stood one below another,
+              or, where they are not equally wide, as one column
     cls       (M,) float32 attention of [CLS] to the unit, mean over heads, in the layer that feats leave;
               None where the adapter has none (has_cls)
     views     of every image, how many views it has; None if each has one
+    shapes    (rows, columns) of all views, one image's after another's; None if those of one image are alike
     shown     (M,) bool, False for a unit without a token: padding that LLaVA-NeXT cuts off; None if each has one
     """
     feats: Tensor
@@ -73,6 +79,7 @@ class Units:
     cls: Tensor | None = None
     views: list[int] | None = None
     shown: Tensor | None = None
+    shapes: list[tuple[int, int]] | None = None
 
     @property
     def counts(self) -> list[int]:
@@ -110,23 +117,25 @@ class Units:
         image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
         cls, shown = (None if x is None else x[index] for x in (self.cls, self.shown))
         views = None if self.views is None else [self.views[b] for b in owner]
-        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], cls, views, shown)
+        shapes = None if self.shapes is None else sum((_split(self.shapes, self.views)[b] for b in owner), [])
+        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], cls, views, shown, shapes)
 
     def apart(self) -> "Units":
         """The same units with every view an image of its own: for a selector that chooses in each by itself."""
         if self.views is None:
             return self
-        grid = [(rows // n, columns) for (rows, columns), n in zip(self.grid, self.views) for _ in range(n)]
+        grid = self.shapes or [(rows // n, columns) for (rows, columns), n in zip(self.grid, self.views)
+                               for _ in range(n)]
         sizes = torch.tensor([rows * columns for rows, columns in grid])
         image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(self.image_of.device)
-        return replace(self, image_of=image_of, grid=grid, views=None)
+        return replace(self, image_of=image_of, grid=grid, views=None, shapes=None)
 
     def together(self, keep) -> list[Tensor]:
         """What was kept of each view of apart(), one (K_t,) of indices a view -> the same as keep of these units."""
         views, keep = self.views or [1] * len(self.grid), list(keep)
         if len(keep) != sum(views):
             raise ValueError(f"keep has {len(keep)} rows: expected one per view, that is {sum(views)}")
-        first = [i * (size // n) for size, n in zip(self.counts, views) for i in range(n)]
+        first = [sum(sizes[:i]) for sizes in _split(self.apart().counts, views) for i in range(len(sizes))]
         return [torch.cat(part) for part in _split([k + i for k, i in zip(keep, first)], views)]
 
 
@@ -191,11 +200,11 @@ class Adapter(ABC):
         return processor(images=images, text=text, **how)
 
     def _spelled(self, processor, pixels, counts, text, how) -> BatchFeature:
-        """inputs() where the stock processor is of no use: in row b the image token is repeated counts[b] times."""
+        """inputs() where the stock processor is of no use: the i-th image token of all is repeated counts[i] times."""
         if text is None:
             return pixels
-        token = processor.tokenizer.convert_ids_to_tokens(self.token_id)
-        text = [row.replace(token, token * n) for row, n in zip(text, counts)]
+        token, left = processor.tokenizer.convert_ids_to_tokens(self.token_id), iter(counts)
+        text = [re.sub(re.escape(token), lambda found: found[0] * next(left), row) for row in text]
         tokens = processor.tokenizer(text, **how)
         return BatchFeature({name: tokens[name] for name in ("input_ids", "attention_mask")} | dict(pixels))
 
@@ -629,14 +638,14 @@ class FrozenVLM(nn.Module):
 
     # --------------------------------------------------------------------------------------------------- text
 
-    def _message(self, role: str, text: str, image: bool = False) -> dict:
-        return {"role": role, "content": [{"type": self.adapter.kind}] * image + [{"type": "text", "text": text}]}
+    def _message(self, role: str, text: str, images: int = 0) -> dict:
+        return {"role": role, "content": [{"type": self.adapter.kind}] * images + [{"type": "text", "text": text}]}
 
     def _template(self, messages, generation: bool = False) -> str:
         return self.tokenizer.apply_chat_template(messages, chat_template=self.processor.chat_template,
                                                   tokenize=False, add_generation_prompt=generation)
 
-    def _dialogue(self, turns, twice: bool = False) -> tuple[str, list[tuple[int, int]]]:
+    def _dialogue(self, turns, twice: bool = False, images: int = 1) -> tuple[str, list[tuple[int, int]]]:
         """Text of a dialogue, and the [start, end) characters of its answers, end-of-turn marks included."""
         messages, heads, spans, text = [], [], [], ""
 
@@ -645,7 +654,7 @@ class FrozenVLM(nn.Module):
             # many templates write the image first, wherever it is put
             return text.replace(self.mark, f"{turns[0][0]} {self.mark}", 1) if twice else text
         for question, answer in turns:
-            messages.append(self._message("user", question, image=not messages))
+            messages.append(self._message("user", question, 0 if messages else images))
             heads.append(text := render(generation=True))
             if answer is not None:
                 messages.append(self._message("assistant", answer.strip() + self.end))
@@ -668,11 +677,12 @@ class FrozenVLM(nn.Module):
             raise ValueError(f"batch() got {len(images)} images and {len(turns)} dialogues: expected one of "
                              "each per row, and at least one row")
         for row, (image, dialogue) in enumerate(zip(images, turns)):
-            frames = image if self.adapter.kind == "video" and isinstance(image, list) else [image]
-            if not frames or not all(isinstance(x, Image.Image) for x in frames) or not dialogue:
-                kind = "PIL image, or a list of them, its frames" if self.adapter.kind == "video" else "PIL image"
-                raise ValueError(f"row {row} has a {type(image).__name__} and {len(dialogue)} turns: expected a "
-                                 f"{kind}, see Image.open(), and at least one (question, answer)")
+            several = image if isinstance(image, list) else [image]
+            if not several or not all(isinstance(x, Image.Image) for x in several) or not dialogue:
+                frames = ", its frames" if self.adapter.kind == "video" else ""
+                raise ValueError(f"row {row} has a {type(image).__name__} and {len(dialogue)} turns: expected a PIL "
+                                 f"image, or a list of them{frames}, see Image.open(), and at least one (question, "
+                                 "answer)")
             for k, (question, answer) in enumerate(dialogue):
                 where = f"turns[{row}][{k}]"
                 if not question.strip():
@@ -688,19 +698,25 @@ class FrozenVLM(nn.Module):
                     raise ValueError(f"{where}: this checkpoint cannot read {', '.join(map(repr, unknown))}; "
                                      f"among the words it knows are: {' '.join(words)}")
 
-    @staticmethod
-    def _rgb(images: list) -> list:
-        return [[frame.convert("RGB") for frame in x] if isinstance(x, list) else x.convert("RGB") for x in images]
-
-    def pictures(self, images: list[Image.Image], device=None):
-        """The pixels of batch() alone: all that encode() and pixels() need."""
-        batch = self.adapter.inputs(self.processor, self._rgb(images))
+    def _inputs(self, images: list, *text, **how) -> BatchFeature:
+        """Adapter.inputs() of the rows; with image_counts (B,), the pictures of each row, if there are several."""
+        rows = [[x.convert("RGB") for x in (row if isinstance(row, list) else [row])] for row in images]
+        video = self.adapter.kind == "video"
+        counts = [1 if video else len(row) for row in rows]
+        batch = self.adapter.inputs(self.processor, rows if video else sum(rows, []), *text, **how)
+        if max(counts) > 1:
+            batch["image_counts"] = torch.tensor(counts)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
-        return batch.to(self.device if device is None else device)
+        return batch
+
+    def pictures(self, images: list[Image.Image | list[Image.Image]], device=None):
+        """The pixels of batch() alone: all that encode() and pixels() need."""
+        return self._inputs(images).to(self.device if device is None else device)
 
     def batch(self, images: list[Image.Image | list[Image.Image]], turns: list[list[tuple[str, str | None]]],
               device=None, twice: bool = False):
-        """The tensors that the other methods take as `batch`: one image, or list of frames, and dialogue per row.
+        """The tensors that the other methods take as `batch`: one image, or a list of images or of frames, and one
+        dialogue per row. The prompt has all images of a row in front of its first question, in order.
 
         device: the model's if None; a loader's worker process passes "cpu", for it must not touch the GPU.
         twice: the first question stands in front of the image too, so that visual tokens can attend to it.
@@ -712,13 +728,12 @@ class FrozenVLM(nn.Module):
         than the language model has positions.
         """
         self._check_turns(images, turns)
-        texts, spans = zip(*(self._dialogue(dialogue, twice) for dialogue in turns))
+        counts = [len(x) if isinstance(x, list) and self.adapter.kind == "image" else 1 for x in images]
+        texts, spans = zip(*(self._dialogue(dialogue, twice, n) for dialogue, n in zip(turns, counts)))
         # a template may bring the BOS token along; a second one would shift every position
         special = not (self.tokenizer.bos_token and texts[0].startswith(self.tokenizer.bos_token))
-        batch = self.adapter.inputs(self.processor, self._rgb(images), list(texts), padding=True,
-                                    add_special_tokens=special, return_tensors="pt")
+        batch = self._inputs(images, list(texts), padding=True, add_special_tokens=special, return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
-        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
         asked = self.tokenizer([" ".join(question for question, _ in dialogue) for dialogue in turns],
                                add_special_tokens=False, padding=True, padding_side="right", return_tensors="pt")
         self._check_lengths(batch["attention_mask"])
@@ -735,20 +750,18 @@ class FrozenVLM(nn.Module):
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
 
-        The text is tokenised once more, for the character offsets. There the image mark is one token, in
-        input_ids it is one per unit: but for these repeats the two agree, and that is checked.
+        The text is tokenised once more, for the character offsets. There an image mark is one token, in
+        input_ids it is one per unit: but for these the two agree, and that is checked.
         """
         ids = batch["input_ids"]
-        visual = ids == self.image_id
-        repeat = visual & F.pad(visual, (1, 0))[:, :-1]
-        labels = torch.full_like(ids, IGNORE)
+        written, labels = batch["attention_mask"].bool() & (ids != self.image_id), torch.full_like(ids, IGNORE)
         tokens = self.tokenizer(list(texts), add_special_tokens=special, return_offsets_mapping=True)
-        for row, (short, offsets) in enumerate(zip(tokens["input_ids"], tokens["offset_mapping"])):
-            column = (batch["attention_mask"][row].bool() & ~repeat[row]).nonzero().flatten()
-            if ids[row, column].tolist() != short:
+        for row, pairs in enumerate(map(zip, tokens["input_ids"], tokens["offset_mapping"])):
+            column, text = written[row].nonzero().flatten(), [(i, at) for i, at in pairs if i != self.image_id]
+            if ids[row, column].tolist() != [i for i, _ in text]:
                 raise RuntimeError(f"row {row}: but for the image, the processor's tokens are not the "
                                    "tokenizer's: expected a stock processor, the answers cannot be located")
-            inside = torch.tensor([any(y > a and x < b for a, b in spans[row]) for x, y in offsets])
+            inside = torch.tensor([any(y > a and x < b for a, b in spans[row]) for _, (x, y) in text])
             labels[row, column[inside]] = ids[row, column[inside]]
         return labels
 
@@ -774,17 +787,23 @@ class FrozenVLM(nn.Module):
     def encode(self, batch) -> Units:
         """Run the vision encoder once; the projector does not run."""
         feats, grid, cls = self.adapter.encode(batch)
-        views, slots, shown = self.adapter.views(batch), self.adapter.slots(batch), None
+        views, slots, shown, shapes = self.adapter.views(batch), self.adapter.slots(batch), None, None
+        if "image_counts" in batch:
+            counts = batch["image_counts"].tolist()
+            views = [sum(part) for part in _split(views or [1] * sum(counts), counts)]
         if views is not None:
-            grid = [(sum(r for r, _ in part), part[0][1]) for part in _split(grid, views)]
+            parts = _split(grid, views)
+            shapes = None if all(len(set(part)) == 1 for part in parts) else grid
+            grid = [(sum(r for r, _ in part), part[0][1]) if len({c for _, c in part}) == 1 else
+                    (sum(r * c for r, c in part), 1) for part in parts]
         image_of = torch.arange(len(grid)).repeat_interleave(torch.tensor([r * c for r, c in grid]))
         if slots is not None:
             shown = torch.isin(torch.arange(len(feats), device=feats.device), slots[0].to(feats.device))
-        return Units(feats, image_of.to(feats.device), grid, cls, views, shown)
+        return Units(feats, image_of.to(feats.device), grid, cls, views, shown, shapes)
 
     def pixels(self, batch) -> list[Tensor]:
         """The pictures as the encoder sees them, (3, H, W) each: normalised, at the size that the units cover. Several
-        views stand one below another, as Units.grid has them."""
+        views of an image stand one below another, as Units.grid has them; several images of a row come one by one."""
         pixels, views = self.adapter.pixels(batch), self.adapter.views(batch)
         return pixels if views is None else [torch.cat(part, 1) for part in _split(pixels, views)]
 
@@ -894,17 +913,19 @@ class FrozenVLM(nn.Module):
         return nll.mean() if reduction == "mean" else nll.new_zeros(len(count)).index_add(0, row, nll) / count
 
     @torch.no_grad()
-    def generate(self, prompt: Prompt, max_new_tokens: int = 32) -> list[str]:
+    def generate(self, prompt: Prompt, max_new_tokens: int = 32, streamer=None) -> list[str]:
         """Greedy continuation of every row, without special tokens and outer blanks.
 
         The first new token stands one behind the last ORIGINAL position, whatever has been pruned. Sampling
-        and penalties that the checkpoint's generation config may ask for are off.
+        and penalties that the checkpoint's generation config may ask for are off. streamer: of transformers, is put
+        nothing when the prompt goes in, then the tokens of a single row as they are made.
         """
         with self._decoding():
             tokens = self.model.generate(
                 inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
                 max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-                repetition_penalty=1.0, num_beams=1, use_cache=True, pad_token_id=self.tokenizer.pad_token_id)
+                repetition_penalty=1.0, num_beams=1, use_cache=True, pad_token_id=self.tokenizer.pad_token_id,
+                streamer=streamer)
         return self._texts(tokens)
 
     @contextmanager
@@ -916,6 +937,11 @@ class FrozenVLM(nn.Module):
             yield
         finally:
             self.lm.train(training)
+
+    def _ends(self) -> Tensor:
+        """The tokens that end an answer."""
+        ends = self.model.generation_config.eos_token_id
+        return torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.int64, device=self.device)
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
@@ -960,18 +986,19 @@ class FrozenVLM(nn.Module):
         return self.model.lm_head(left.embeds), left
 
     @torch.no_grad()
-    def generate_within(self, prompt: Prompt, stages: dict[int, Rule], max_new_tokens: int = 32) -> list[str]:
+    def generate_within(self, prompt: Prompt, stages: dict[int, Rule], max_new_tokens: int = 32,
+                        streamer=None) -> list[str]:
         """generate() with the stages of logits_within(), which run once, before the first new token."""
         self._check_layers(stages, 1)
         masks, cache = self._no_keys(prompt, stages), DynamicCache()
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], dtype=torch.int64, device=self.device)
+        ends = self._ends()
         tokens, running = prompt.mask[:, :0], torch.ones_like(prompt.mask[:, -1:]).bool()
-        with self._decoding():
+        with self._decoding(), _streaming(streamer, tokens) as put:
             state = self._layers(prompt, masks, stages, cache)
             for step in range(1, max_new_tokens + 1):
                 token = self.model.lm_head(self.lm.norm(state.embeds[:, -1:])).argmax(-1)
                 token = token.masked_fill(~running, self.tokenizer.pad_token_id)
+                put(token)
                 tokens, running = torch.cat([tokens, token], 1), running & ~torch.isin(token, ends)
                 if step == max_new_tokens or not running.any():
                     break
@@ -1026,6 +1053,86 @@ class FrozenVLM(nn.Module):
                              f"one of {', '.join(PLAIN)} with full_attention in every layer to prune inside")
         if wrong := [i for i in wanted if i not in range(first, layers)]:
             raise ValueError(f"layer {wrong[0]}: expected one of {first} to {layers - 1}")
+
+
+@contextmanager
+def _streaming(streamer, nothing: Tensor):
+    """put(token) for a streamer of transformers, or none; as generate() does, it is put `nothing` (1, 0) first."""
+    def put(token):
+        if streamer is not None:
+            streamer.put(token.cpu())
+    put(nothing)
+    try:
+        yield put
+    finally:
+        if streamer is not None:
+            streamer.end()
+
+
+class Chat:
+    """Turns about one row of images whose visual tokens were chosen once: a turn is read behind those before it, which
+    the cache holds, at the positions that it has in the one full prompt of the whole dialogue.
+
+    images: one row of batch() | units: of this row, as encode() gives them | keep: as for prune(), None for all
+    turns: [(question, answer), ...] so far; what was said before may be handed in, and is read with the next question
+    """
+
+    def __init__(self, vlm: FrozenVLM, images, units: Units, keep=None, turns=()):
+        self.vlm, self.images, self.units, self.keep, self.turns = vlm, images, units, keep, list(turns)
+        self.cache, self.read = DynamicCache(), None   # read: embeds, positions and is_visual of what the cache holds
+
+    @torch.no_grad()
+    def ask(self, question: str, max_new_tokens: int = 32, streamer=None) -> str:
+        """The answer of generate() to the whole dialogue; streamer as there. A turn whose answer no prompt can spell,
+        such as none, is forgotten. Raises ValueError as batch() does, also if the template rewrites earlier turns."""
+        vlm, (embeds, pos, visual) = self.vlm, self._unread([*self.turns, (question, None)])
+        ends, tokens, last = vlm._ends(), vlm._ends().new_zeros(1, 0), pos[..., -1:]
+        with vlm._decoding(), _streaming(streamer, tokens) as put:
+            for step in range(1, max_new_tokens + 1):
+                token = vlm.model.lm_head(self._read(embeds, pos, visual)).argmax(-1)
+                put(token)
+                tokens = torch.cat([tokens, token], 1)
+                if torch.isin(token, ends).item():
+                    break
+                embeds, pos = vlm.lm.get_input_embeddings()(token), last + step
+                visual = torch.zeros_like(token).bool()
+        answer = vlm._texts(tokens)[0]
+        if answer and vlm.image_token not in answer and not vlm.unknown_words(answer):
+            self.turns.append((question, answer))
+        return answer
+
+    def _read(self, *new: Tensor) -> Tensor:
+        """embeds, positions and is_visual of tokens behind the cache -> (1, 1, D), the last one's final state."""
+        held = zip(self.read, new) if self.read else zip(new)
+        self.read = tuple(torch.cat(pair, dim) for pair, dim in zip(held, (1, -1, 1)))
+        # always with a mask, see _hidden()
+        return self.vlm.lm(inputs_embeds=new[0], attention_mask=torch.ones_like(self.read[2]).long(),
+                           position_ids=new[1], past_key_values=self.cache, use_cache=True).last_hidden_state[:, -1:]
+
+    def _unread(self, turns) -> tuple[Tensor, Tensor, Tensor]:
+        """The end of the dialogue's prompt that the cache lacks, at least its last token.
+
+        An answer may be spelled by other tokens than those that were generated, or none at all: what the cache holds is
+        compared with the prompt, and dropped from the first difference on.
+        """
+        batch = self.vlm.batch([self.images], [turns])
+        prompt = (self.vlm.embed(batch, self.units) if self.keep is None else
+                  self.vlm.prune(batch, self.units, self.keep))
+        parts, known = (prompt.embeds, prompt.pos, prompt.is_visual), 0
+        if self.read:
+            n = min(self.read[2].shape[1], prompt.mask.shape[1] - 1)
+            (old, at, seen), (new, pos, visual) = self._cut(self.read, 0, n), self._cut(parts, 0, n)
+            same = (old == new).all(-1)[0] | (seen & visual)[0]        # visual tokens are always the same
+            known = int((same & (at == pos).reshape(-1, n).all(0)).long().cumprod(0).sum())
+            if extra := self.read[2].shape[1] - known:
+                self.cache.crop(-extra)
+                self.read = self._cut(self.read, 0, known)
+        return self._cut(parts, known, None)
+
+    @staticmethod
+    def _cut(parts, start: int, stop: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        embeds, pos, visual = parts
+        return embeds[:, start:stop], pos[..., start:stop], visual[:, start:stop]
 
 
 def random_language_model(layers: int, width: int = 4096, dtype=torch.bfloat16) -> nn.Module:

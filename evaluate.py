@@ -3,7 +3,7 @@
 Answers the test questions of the tiny world with all visual tokens, and with K of them chosen by each method, on
 the same rows. Prints accuracy per family, retention (the paper's Avg.: mean over families of pruned / unpruned),
 evidence recall (share of the tokens that show the answer which were kept) and the time of each stage; saves them
-as JSON and Markdown beside three pictures. `--image photo.png --question "..."` answers about any picture.
+as JSON and Markdown beside three pictures. answer.py answers about any picture.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -23,7 +24,6 @@ import recon_selector
 import stepprune
 from baselines import cls_attention, random
 from benchmarks import rebuild, scenes
-from benchmarks.folder import open_picture
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
 from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
@@ -59,8 +59,6 @@ class EvalConfig:
     pictures: bool = option(True, "draw the curve, the kept patches and the cosine matrix")
     dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
-    image: str | None = option(None, "answer about this picture instead")
-    question: str | None = option(None, "... this question")
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
                                    choices=[*PUBLISHED])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
@@ -111,8 +109,11 @@ def per_picture(select) -> Selector:
 
 
 def evidence_of(rows, units) -> list[torch.Tensor]:
-    """For every question of every row, (n_b,) share of each unit that shows its answer."""
-    return [row.evidence(q, units.grid[b]) for b, row in enumerate(rows) for q in row.questions]
+    """For every question of every row, (n_b,) share of each unit that shows its answer; 0 everywhere where the picture
+    reaches the encoder as several views, for which no ground truth is at hand: recall is nan there."""
+    known = [n == 1 for n in units.views or [1] * len(rows)]
+    return [row.evidence(q, units.grid[b]) if known[b] else torch.zeros(units.counts[b])
+            for b, row in enumerate(rows) for q in row.questions]
 
 
 def oracle(evidence, keep: int) -> list[torch.Tensor]:
@@ -213,7 +214,7 @@ def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Cloc
 @torch.no_grad()
 def calibrate(vlm, selector, budgets, most: int, n: int, batch: int = 32) -> dict[int, float]:
     """Stop bias per wished mean K, from questions of the calibration scenes: one long episode each serves them all."""
-    rows = scenes.load(n, "calibration", scenes.sizes_of(vlm.family))
+    rows = scenes.load(n, "calibration", scenes.SIZES[vlm.family])
     margins = []
     for start in tqdm(range(0, len(rows), batch), "calibrate"):
         asked, _ = ask(vlm, rows[start:start + batch])
@@ -346,29 +347,6 @@ def latest_run() -> str:
     return str(done[-1].parent.parent)
 
 
-def answer_one(cfg: EvalConfig, vlm, selector, config, out: Path) -> None:
-    """--image, --question: the answer with all tokens and with each budget, and a picture of the kept patches."""
-    try:
-        image = open_picture(cfg.image)
-    except ValueError as error:
-        raise ValueError(f"cannot read --image {error}. Expected a picture, PNG or JPEG") from error
-    layer = getattr(config, "condition", 0)
-    batch = vlm.batch([image], [[(cfg.question or "", None)]], twice=bool(layer))
-    units = vlm.encode(batch)
-    biases, seen = bias_of(cfg, vlm, selector), states_of(vlm, batch, units, layer)
-    print(f"all {sum(units.counts)} tokens: {vlm.generate(vlm.embed(batch, units))[0]}")
-    shown = [look(selector, seen, vlm.question(batch), k, biases, cfg.max_keep) for k in cfg.budgets]
-    for k, (_, keep, _) in zip(cfg.budgets, shown):
-        mean = f", for a mean of {k}" if biases else ""
-        answers = (vlm.generate_within(vlm.embed(batch, units), {layer: lambda *_, keep=keep: keep}) if layer else
-                   vlm.generate(vlm.prune(batch, units, keep)))
-        print(f"{len(keep[0])} tokens{mean}: {answers[0]}")
-    path, n = out / "answer.png", len(cfg.budgets)
-    scores, keeps, orders = (None if each[0] is None else [x[0] for x in each] for each in zip(*shown))
-    draw_kept([image] * n, units.grid * n, scores, keeps, [cfg.question] * n, path, orders)
-    print(f"drawn: {path}")
-
-
 def states_of(vlm, batch, units: Units, layer: int) -> Units:
     """What a selector reads: the vision encoder's features, or the states behind a layer of the language model."""
     return replace(units, feats=vlm.visual_states(vlm.embed(batch, units), layer)) if layer else units
@@ -406,8 +384,6 @@ def check(cfg: EvalConfig) -> tuple[list[str], str]:
         raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
     models = [read_run(run)[1]["training"]["model"] for run in runs]
-    if (cfg.image or cfg.question) and not (cfg.image and runs):
-        raise ValueError("--question needs --image, a picture file, and a trained run")
     return runs, cfg.model or models[0]
 
 
@@ -485,11 +461,9 @@ def main(args=None) -> list[dict]:
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
     trained = {str(run): load_run(run, vlm) for run in runs}
-    if cfg.image:
-        return answer_one(cfg, vlm, *trained[runs[0]], out)
     biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
-    rows = scenes.load(cfg.n, cfg.split, scenes.sizes_of(vlm.family))
+    rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
     lines = summarise(results, clock)
     for label, names in groups.items():
@@ -565,10 +539,27 @@ def draw_run(cfg: EvalConfig, vlm, selector, config, rows, biases: dict | None, 
     units = states_of(vlm, batch, asked.units, layer)
     scores, keeps, orders = look(selector, units, asked.question, cfg.budgets[-1], biases, cfg.max_keep)
     titles = [r.questions[0].question if reads else f"scene {r.id - scenes.scenes.SPLITS['test']}" for r in rows[:6]]
-    draw_kept([r.image for r in rows[:6]], asked.units.grid[:6], scores[:6], keeps[:6], titles, out / "kept.png",
-              orders[:6] if biases else None)
+    views = units.views or [1] * len(rows)
+    most = min(max(6 // max(views), 1), len(rows))     # six columns, or the views of one scene
+    first = units.rows(range(most))
+    draw_views(vlm, vlm.adapter.pixels(batch)[:sum(views[:most])], first, first.flat(scores[:most, :max(first.counts)]),
+               keeps[:most], titles, out / "kept.png", orders[:most] if biases else None)
     if not reads:
         draw_cosines(asked.units.pad()[0].flatten(2), scores, out / "cosines.png")
+
+
+def draw_views(vlm, pixels: list, units: Units, scores, keeps, titles, path: Path, orders=None) -> None:
+    """draw_kept() with a column for every view, as the vision encoder sees it: pixels, of Adapter.pixels().
+
+    scores (M,), keeps[b] (K,); orders[b], as in draw_kept(), is drawn where no row has several views.
+    """
+    apart, views, processor = units.apart(), units.views or [1] * len(keeps), vlm.processor.image_processor
+    mean, std = (torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std))
+    seen = [255 * (x.float().cpu() * std + mean).clamp(0, 1) for x in pixels]
+    kept = FrozenVLM._kept(units, keeps).split(apart.counts)
+    draw_kept([Image.fromarray(x.round().byte().permute(1, 2, 0).numpy()) for x in seen], apart.grid,
+              scores.split(apart.counts), [x.nonzero().flatten() for x in kept],
+              [title for title, n in zip(titles, views) for _ in range(n)], path, orders if max(views) == 1 else None)
 
 
 def cell(values, unit: float = 100) -> str:

@@ -89,7 +89,7 @@ def draw_cosines(feats: torch.Tensor, s: torch.Tensor, path: Path, most: int = 1
 
     feats (B, N, C), s (B, N). Returns the mean cosine inside each of the two groups, own pairs left out.
     """
-    order = s.argsort(1, descending=True)
+    order, most = s.argsort(1, descending=True), min(most, s.shape[1] // 2)
     index = torch.cat([order[:, :most], order[:, -most:]], 1)
     x = (feats - feats.mean((0, 1))).float()           # what all tokens share says nothing about any
     x = F.normalize(x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), dim=-1)

@@ -419,7 +419,7 @@ def train(cfg: TrainConfig) -> Path:
     main = accelerator.is_main_process
     fit_batch(cfg, accelerator.num_processes)
     vlm = FrozenVLM.from_pretrained(cfg.model, getattr(torch, cfg.dtype), accelerator.device,
-                                    **{"random_weights": True} if cfg.random_weights else {})
+                                    random_weights=cfg.random_weights)
     frozen = sum(p.numel() for p in vlm.parameters())
     vlm.checkpointing(frozen > 1e9 if cfg.checkpointing is None else cfg.checkpointing)
     torch.manual_seed(cfg.seed)

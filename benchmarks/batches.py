@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.folder import Epochs, FeatureCache, Pictures
 from benchmarks.rows import Shards, Stream
-from benchmarks.scenes import Dialogues, sizes_of
+from benchmarks.scenes import SIZES, Dialogues
 from benchmarks.sources import SOURCES, describe, open_source
 from common import FrozenVLM, Units
 
@@ -52,7 +52,7 @@ def open_data(cfg, vlm: FrozenVLM) -> Items:
     if cfg.data == "scenes":
         count, turns = (cfg.pictures, 1) if cfg.method == "recon" else (cfg.steps * cfg.batch, cfg.turns)
         # AutoSelect reads the caption too, the others' questions begin behind it
-        scenes, first = Dialogues(0, count, cfg.seed, turns, sizes_of(vlm.family)[:3]), int(cfg.method != "autoselect")
+        scenes, first = Dialogues(0, count, cfg.seed, turns, SIZES[vlm.family][:3]), int(cfg.method != "autoselect")
         return Items(scenes, lambda item: (item[0], item[1][first:], []))
     rows = open_source(cfg.data, cfg.path, cfg.split, cfg.prompt, cfg.images, oblong)
     print(describe(rows))

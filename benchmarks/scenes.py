@@ -1,5 +1,6 @@
 """The tiny world as data: dialogues to train on, questions to test on, with the evidence for each answer."""
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +10,10 @@ from PIL import Image
 from tiny import scenes
 
 FAMILIES = scenes.FAMILIES
-# pictures that a family's vision encoder takes as they are; 144 units each. The last of Qwen's are of a shape that the
-# tiny VLM has not been trained on, and are asked about in the test only.
-SIZES = {"llava": ((144, 144),), "qwen2_5_vl": ((144, 144), (192, 108), (108, 192), (96, 216))}
-
-
-def sizes_of(family: str) -> tuple[tuple[int, int], ...]:
-    """The pictures that a family of common.ADAPTERS is asked about; a tower of fixed resolution scales them."""
-    return SIZES.get(family, SIZES["llava"])
+# sizes of the pictures that a family is asked about: the tiny VLMs take them as they are, as 144 units each. Where the
+# vision encoder's resolution is fixed they are square, for whatever else would be cut or padded; at native resolution
+# there are other shapes too. The last of Qwen's the tiny VLM has not been trained on; it is in the test only.
+SIZES = defaultdict(lambda: ((144, 144),), qwen2_5_vl=((144, 144), (192, 108), (108, 192), (96, 216)))
 
 
 class Dialogues(torch.utils.data.Dataset):

@@ -10,7 +10,7 @@ from tiny_models import CLIP, MODELS, VIDEO, internvl, llava, llava_next, llava_
 from transformers import AutoModelForImageTextToText
 
 from baselines import random
-from common import IGNORE, FrozenVLM, Units
+from common import IGNORE, Chat, FrozenVLM, Units
 from stepprune import Config as StepConfig
 from stepprune import StepPrune
 
@@ -109,15 +109,25 @@ def units_at(vlm, stock, batch):
     return unit.split((batch["input_ids"] == token_id(stock)).sum(1).tolist())
 
 
+def whole_pictures(batch, row):
+    """LLaVA-NeXT: which views of the row are whole pictures, not crops: the first one of every image."""
+    counts = batch["image_counts"].tolist() if "image_counts" in batch else [1] * len(batch["input_ids"])
+    sizes = batch["image_sizes"].tolist()[sum(counts[:row]):][:counts[row]]
+    # GRIDS has 3, 4 and 3 views
+    views = [1 + {(24, 40): 2, (32, 24): 3, (24, 24): 2}[tuple(size)] for size in sizes]
+    return [sum(views[:i]) for i in range(len(views))]
+
+
 def visible_tokens(vlm, stock, batch, keep):
     """(B, L) bool: the tokens of the full prompt that pruning leaves, worked out row by row, token by token."""
     visible = batch["attention_mask"].bool().clone()
     for row, (kept, units) in enumerate(zip(keep, units_at(vlm, stock, batch))):
+        whole = whole_pictures(batch, row) if stock.config.model_type == "llava_next" else []
         stays, line = torch.isin(units, kept), []
         for slot, unit in enumerate(units.tolist()):
             if unit < 0:                               # a newline, for what came since the last
                 stays[slot], line = stays[line].any(), []
-            elif stock.config.model_type != "llava_next" or unit >= 16:         # the whole picture has no newlines
+            elif unit // 16 not in whole:              # of LLaVA-NeXT's views, whole pictures have no newlines
                 line.append(slot)
         visible[row, batch["input_ids"][row] == token_id(stock)] = stays
     return visible
@@ -284,6 +294,146 @@ def test_a_row_in_a_batch_is_the_row_alone(vlm, pictures, answered, keep):
         torch.testing.assert_close(together.labels[row, -width:], alone.labels[0])
         torch.testing.assert_close(vlm.logits(together)[row, -width:], vlm.logits(alone)[0], **TOLERANCE)
         torch.testing.assert_close(losses[row], vlm.loss(alone), **TOLERANCE)
+
+
+# --------------------------------------------------------------------------------------- several images, several turns
+
+@pytest.fixture(scope="module")
+def album(vlm, family, images):
+    """Two images in the first row and in the last, in other orders; one in between. Of a video family, frames."""
+    if family in VIDEO:
+        pytest.skip("the images of a row are its frames")
+    return vlm.batch([images[:2], images[2], [images[2].rotate(90), images[0].rotate(180)]], ANSWERED)
+
+
+def test_several_images_kept_whole_are_the_stock_model(vlm, stock, album, family):
+    units, real, inputs = vlm.encode(album), album["attention_mask"].bool(), stock_inputs(stock, album)
+    counts, first = [2, 1, 2], [0, 1, 2, 2, 0]         # which of the images
+    assert units.views is None or len(units.views) == 3
+    one = [GRIDS[family][i] for i in first]
+    parts = [one[:2], one[2:3], one[3:]]
+    assert units.counts == [sum(r * c for r, c in part) for part in parts]
+    assert [(album["input_ids"][row] == vlm.image_id).sum().item() for row in range(3)] == [
+        len(x) for x in units_at(vlm, stock, album)]
+    if stock.config.model_type != "qwen2_5_vl":
+        inputs["position_ids"] = stock_positions(stock, album)
+    with torch.no_grad():
+        expected = stock(**inputs, use_cache=False).logits
+        found = vlm.logits(vlm.prune(album, units, every(units)))
+    torch.testing.assert_close(found[real], expected[real], **TOLERANCE)
+    assert len(units.apart().grid) == (sum(units.views) if units.views else sum(counts))
+
+
+def test_several_images_are_generated_about_as_the_stock_model_does(vlm, stock, images, family):
+    if family in VIDEO:
+        pytest.skip("the images of a row are its frames")
+    batch = vlm.batch([images[:2], [images[2], *images[:2]]], [[(question, None)] for question in QUESTIONS[:2]])
+    tokens = stock.generate(**stock_inputs(stock, batch), max_new_tokens=6, do_sample=False, pad_token_id=0)
+    units = vlm.encode(batch)
+    assert vlm.generate(vlm.embed(batch, units), 6) == decode(vlm, stock, tokens[:, batch["input_ids"].shape[1]:])
+
+
+def test_several_images_pruned_are_hidden_tokens(vlm, stock, album):
+    """Of the first row some units of either image, of the second none, of the third the last image's alone."""
+    units, apart = vlm.encode(album), vlm.encode(album).apart()
+    first, second, third = every(units)
+    keep = [first[[0, 2, -4, -1]], second[:0], third[-3:]]
+    visible, prompt = visible_tokens(vlm, stock, album, keep), vlm.prune(album, units, keep)
+    real, positions = prompt.mask.bool(), stock_positions(stock, album)
+    expected = hidden_logits(stock, full_embeds(stock, album), positions, visible)
+    torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
+    with torch.no_grad():
+        torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
+    by_view = torch.zeros(len(units.image_of)).index_fill(0, torch.cat([keep[0], keep[2] + sum(units.counts[:2])]), 1)
+    again = units.together([part.nonzero().flatten() for part in by_view.split(apart.counts)])
+    assert [row.tolist() for row in again] == [row.tolist() for row in keep]
+
+
+def test_images_of_one_row_know_nothing_of_each_other_in_the_encoder(vlm, images, album, family):
+    """And rows() takes a row with all its images."""
+    units, turned = vlm.encode(album), [images[2].rotate(90), images[0].rotate(180)]
+    alone = [vlm.encode(vlm.pictures([image])).feats for image in [*images, *turned]]
+    torch.testing.assert_close(units.feats, torch.cat(alone), **TOLERANCE)
+    shared = units.rows([2, 2, 0])
+    fresh = vlm.encode(vlm.pictures([turned] * 2 + [images[:2]]))
+    assert (shared.grid, shared.views, shared.shapes) == (fresh.grid, fresh.views, fresh.shapes)
+    assert shared.apart().grid == fresh.apart().grid
+    torch.testing.assert_close(shared.feats, fresh.feats, **TOLERANCE)
+    if family == "qwen":
+        assert units.grid == [(15 + 12, 1), (3, 3), (9 + 15, 1)] and units.views == [2, 1, 2]
+        assert units.apart().grid == [(3, 5), (4, 3), (3, 3), (3, 3), (3, 5)]
+
+
+def test_a_chat_is_the_one_prompt_of_its_dialogue(vlm, pictures, monkeypatch):
+    """Logits of every turn, read behind the cache, against the dialogue's whole prompt without one."""
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", None)
+    heard, fed, units = [], [], vlm.encode(vlm.pictures(pictures[:1]))
+    hooks = [vlm.model.lm_head.register_forward_hook(lambda module, args, out: heard.append(out)),
+             vlm.lm.register_forward_pre_hook(lambda module, args, kwargs: fed.append(kwargs["inputs_embeds"].shape[1]),
+                                              with_kwargs=True)]
+    keep = [every(units)[0][[0, 3, 7, -2]]]
+    chat, steps = Chat(vlm, pictures[0], units, keep), 5
+    for turn, question in enumerate(QUESTIONS * 2):
+        heard.clear(), fed.clear()
+        batch = vlm.batch(pictures[:1], [[*chat.turns, (question, None)]])
+        answer = chat.ask(question, steps)
+        cached, read = torch.cat(heard, 1), fed[0]
+        prompt = vlm.prune(batch, units, keep)
+        torch.testing.assert_close(cached[:, 0], vlm.logits(prompt)[:, -1], rtol=0, atol=1e-9)
+        heard.clear()
+        assert vlm.generate(prompt, steps) == [answer]
+        torch.testing.assert_close(cached, torch.cat(heard, 1)[:, :steps], rtol=0, atol=1e-9)
+        torch.testing.assert_close(chat.read[1][..., -1], prompt.pos[..., -1] + steps - 1)
+        length, images = prompt.mask.shape[1], prompt.is_visual[0].nonzero().max() + 1
+        assert read == length if turn == 0 else read <= length - images                # no image is read again
+    assert len(chat.turns) >= 3                        # the others were forgotten, see below
+    for hook in hooks:
+        hook.remove()
+    said = []                                          # the test has power: other positions are other logits
+    for shift in (0, 1):
+        chat = Chat(vlm, pictures[0], units, keep)
+        chat.ask(QUESTIONS[0], steps)
+        embeds, pos, visual = chat._unread([*chat.turns, (QUESTIONS[1], None)])
+        said.append(vlm.model.lm_head(chat._read(embeds, pos - shift, visual)))
+    assert (said[0] - said[1]).abs().max() > 0.1
+
+
+def test_a_chat_goes_on_where_answers_are_spelled_anew_or_empty(vlm, pictures, monkeypatch):
+    units = vlm.encode(vlm.pictures(pictures[:1]))
+    said = Chat(vlm, pictures[0], units, turns=[(QUESTIONS[0], "red")])
+    answer = said.ask(QUESTIONS[1], 4)
+    batch = vlm.batch(pictures[:1], [[(QUESTIONS[0], "red"), (QUESTIONS[1], None)]])
+    assert answer == vlm.generate(vlm.embed(batch, units), 4)[0]
+    said.turns = [(QUESTIONS[0], "red"), (QUESTIONS[1], "two circle")]                 # not what the cache holds
+    batch = vlm.batch(pictures[:1], [[(QUESTIONS[0], "red"), (QUESTIONS[1], "two circle"), (QUESTIONS[2], None)]])
+    assert said.ask(QUESTIONS[2], 4) == vlm.generate(vlm.embed(batch, units), 4)[0]
+    silent = Chat(vlm, pictures[0], units)
+    assert silent.ask(QUESTIONS[0], 0) == "" and silent.turns == []
+    batch = vlm.batch(pictures[:1], [[(QUESTIONS[1], None)]])
+    assert silent.ask(QUESTIONS[1], 4) == vlm.generate(vlm.embed(batch, units), 4)[0]
+    with pytest.raises(ValueError, match="empty question"):
+        silent.ask(" ")
+
+
+def test_streams_get_every_token_and_nothing_first(vlm, asked, pictures):
+    class Heard:
+        def __init__(self):
+            self.calls, self.ended = [], 0
+
+        def put(self, value):
+            self.calls.append(value.flatten().tolist())
+
+        def end(self):
+            self.ended += 1
+
+    batch = vlm.batch(pictures[:1], [[(QUESTIONS[0], None)]])
+    units, streams = vlm.encode(batch), [Heard() for _ in range(3)]
+    texts = [vlm.generate(vlm.embed(batch, units), 5, streams[0])[0],
+             vlm.generate_within(vlm.embed(batch, units), {}, 5, streams[1])[0],
+             Chat(vlm, pictures[0], units).ask(QUESTIONS[0], 5, streams[2])]
+    assert len({str(s.calls) for s in streams}) == len(set(texts)) == 1 and [s.ended for s in streams] == [1] * 3
+    assert streams[0].calls[0] == [] and all(len(call) == 1 for call in streams[0].calls[1:])
+    assert vlm.tokenizer.decode(sum(streams[0].calls, []), skip_special_tokens=True).strip() == texts[0]
 
 
 # ------------------------------------------------------------------------------------------ loss and gradients
@@ -582,8 +732,9 @@ def test_frames_are_for_video_families_and_as_many_in_each_row(tmp_path, images)
         with pytest.raises(ValueError, match="row 1 has a list and 1 turns: expected a PIL image, or a list of them"):
             video.batch([images[:2], wrong], turns)
     stills = FrozenVLM.from_pretrained(llava(tmp_path / "still"), dtype=torch.float64)
-    with pytest.raises(ValueError, match="row 0 has a list and 1 turns: expected a PIL image, see"):
-        stills.batch([images[:2], images[0]], turns)
+    for wrong in ([], [images[0], None]):
+        with pytest.raises(ValueError, match="row 0 has a list and 1 turns: expected a PIL image, or a list of them, "):
+            stills.batch([wrong, images[0]], turns)
     still, single = (video.batch(x, turns[:1]) for x in (images[:1], [images[:1]]))
     assert torch.equal(still["pixel_values"], single["pixel_values"]) and video.num_units(still) == [9]
     assert torch.equal(still["pixel_values"][0], stills.pictures(images[:1])["pixel_values"])

@@ -9,6 +9,7 @@ from PIL import Image
 from test_train import config, kill_at, same, weights, without_time
 from tiny_models import MODELS, llava
 
+import answer
 import evaluate
 import train
 from benchmarks import batches, rebuild, scenes, speed
@@ -187,7 +188,7 @@ def test_evaluate_reports_rebuilding_and_stability(tmp_path, capsys):
     assert Image.open(tmp_path / "curves.png").size[0] > 900
 
 
-def test_evaluate_prunes_inside_the_language_model(tmp_path, capsys):
+def test_evaluate_prunes_inside_the_language_model(tmp_path):
     run = str(train.train(recon(tmp_path / "run", condition=2, epochs=1)))
     asked = ["--run", run, "--budgets", "16", "--device", "cpu"]
     lines = {(x["method"], x["K"]): x for x in evaluate.main([*asked, "--n", "40", "--methods", "random"])}
@@ -197,8 +198,10 @@ def test_evaluate_prunes_inside_the_language_model(tmp_path, capsys):
     assert row[1].strip() == "16" and all(0 <= float(x) <= 100 for x in row[2:-1]), row
     assert (tmp_path / "run/kept.png").exists() and not (tmp_path / "run/cosines.png").exists()
     scenes.load(1)[0].image.save(tmp_path / "photo.png")
-    evaluate.main([*asked, "--image", str(tmp_path / "photo.png"), "--question", "how many shapes are there ?"])
-    assert "16 tokens:" in capsys.readouterr().out
+    lines = answer.main([*asked, "--image", str(tmp_path / "photo.png"), "--out", str(tmp_path), "--question",
+                         "how many shapes are there ?", "what colour is the circle ?"])
+    assert [x["kept"] for x in lines] == [144, 16] * 2 and (tmp_path / "answer.png").exists()
+    assert all(x["select_ms"] > 0 for x in lines[1::2])             # it is asked anew in every turn
 
 
 def test_all_of_them_inside_is_the_question_twice_and_the_oracle_beats_random_there():
