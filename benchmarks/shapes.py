@@ -175,7 +175,7 @@ def main(args=None) -> None:
     cfg = parser.parse_args(args)
     write(cfg.name, cfg.folder, cfg.shrink)
     need = memory(config(cfg.name, cfg.shrink))
-    print(f"{cfg.folder}: {cfg.name} without weights, {need['weights'] / 2e9:.2f} G parameters; GiB in bfloat16, for "
+    print(f"{cfg.folder}: {cfg.name} without weights, {need['weights'] / 2e6:,.2f} M parameters; GiB in bfloat16, for "
           f"one row of 640 tokens: {', '.join(f'{part} {size / 2**30:.2f}' for part, size in need.items())}\n"
           "Load it with random_weights=True: its answers are meaningless.")
 

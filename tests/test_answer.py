@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from tiny_models import MODELS, llava
 
 import answer
@@ -40,7 +39,8 @@ def untrained(folder, vlm, method, **changes):
     """A run folder as train.py leaves it, with random weights."""
     cfg = train.TrainConfig(method=method, model="tiny", run=str(folder), layers=1, heads=2, max_steps=9, **changes)
     torch.manual_seed(0)
-    save_file(train.build_selector(cfg, vlm).state_dict(), train.open_run(cfg, vlm) / "selector.safetensors")
+    selector = train.build_selector(cfg, vlm)
+    train.save_selector(folder, selector, train.description(cfg, vlm, selector))
     return str(folder)
 
 
