@@ -32,10 +32,15 @@ from common import IGNORE, FrozenVLM, Units
 SELECTORS = {"autoselect": autoselect.AutoSelect, "stepprune": stepprune.StepPrune,
              "recon": recon_selector.ReconSelector}
 
-METHODS = {                                            # what each method trains with unless told otherwise
-    "autoselect": dict(steps=450, batch=16, lr=2e-3, layers=2, tau_start=.1, tau_end=.02, autocast=False),
-    "stepprune": dict(steps=600, batch=8, lr=1e-3, layers=2, tau_start=1., tau_end=.2, autocast=True),
-    "recon": dict(steps=None, batch=16, lr=1e-3, layers=4, tau_start=1., tau_end=1., autocast=True)}
+# what each method trains with unless told otherwise: on a tiny encoder, then on a large one, at least 512 wide. The
+# latter are the papers' where these say what, else ours and untried
+METHODS = {
+    "autoselect": dict(steps=(450, 5000), batch=(16, 32), lr=(2e-3, 1e-4), layers=(2, 5), tau_start=.1, tau_end=.02,
+                       autocast=(False, True)),
+    "stepprune": dict(steps=(600, 5000), batch=(8, 16), lr=(1e-3, 1e-4), layers=2, tau_start=1., tau_end=.2,
+                      autocast=True),
+    "recon": dict(steps=None, batch=(16, 32), lr=(1e-3, 1e-5), layers=4, tau_start=1., tau_end=1., autocast=True,
+                  epochs=(3., 100.))}
 # may change when a run goes on: the selector comes out the same
 FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "keep_checkpoints", "tensorboard",
         "evaluate", "push", "overwrite", "cache_features")
@@ -51,9 +56,10 @@ class TrainConfig:
     model: str = option("tiny/llava", "checkpoint folder or hub id of the frozen VLM")
     run: str | None = option(None, "run folder [runs/<method>]")
     seed: int = option(0, "of weights, scenes and noise")
-    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 600; recon: as --epochs say]")
+    steps: int | None = option(None, "optimiser steps [ours: autoselect 450, stepprune 600, on a large encoder 5000; "
+                                     "recon: as --epochs say]")
     batch: int | None = option(None, "pictures a step, over all processes [ours: 16; stepprune 8, each question a row; "
-                                     "recon's paper: 32]")
+                                     "on a large encoder twice as many, for recon the paper's 32]")
     micro: int | None = option(None, "pictures at a time on each process; gradients are summed until --batch is "
                                      "reached [all that fall to the process]")
     checkpointing: bool | None = option(None, "recompute the language model's activations in the backward pass: less "
@@ -65,14 +71,14 @@ class TrainConfig:
     split: str | None = option(None, "of that data set [its training split]")
     prompt: str = option("Describe the image briefly.", "what is asked where a data set has captions alone [ours]")
     turns: int = option(7, "questions a picture, at most; of a scene, autoselect reads the caption before them [ours]")
-    keep: list[int] = field(default_factory=lambda: [*[48] * 6, 32, 16], metadata={
-        "help": "K in training; the steps take turns [ours: the paper's three budgets; most often the "
-                "widest, whose order settles last]"})
-    lr: float | None = option(None, "AdamW's learning rate after warm-up [ours: autoselect 2e-3, others 1e-3; "
-                             "recon's paper: 1e-5 for CLIP-L, 5e-6 for InternViT]")
-    layers: int | None = option(None, "blocks of scorer, encoder or selector [ours, tiny: autoselect 2; 5 give its "
-                                      "size on CLIP-L; paper: stepprune 2, recon 4]")
-    heads: int = option(4, "attention heads of the selector [ours, tiny; 16 on CLIP-L]")
+    keep: list[float] = field(default_factory=lambda: [*[1 / 3] * 6, 2 / 9, 1 / 9], metadata={
+        "help": "autoselect: K in training, or below 1 a share of each picture's tokens; the steps take turns [ours: "
+                "the paper's three budgets; most often the widest, whose order settles last]"})
+    lr: float | None = option(None, "AdamW's learning rate after warm-up [ours: autoselect 2e-3, others 1e-3, on a "
+                             "large encoder 1e-4; recon's paper: 1e-5 for CLIP-L, 5e-6 for InternViT]")
+    layers: int | None = option(None, "blocks of scorer, encoder or selector [ours: autoselect 2, on a large encoder "
+                                      "5, which give the paper's size on CLIP-L; paper: stepprune 2, recon 4]")
+    heads: int | None = option(None, "attention heads of the selector [ours: one per 64 channels, at least 4]")
     tau_start: float | None = option(None, "temperature of the soft top-K at the first step [ours: autoselect 0.1, for "
                                      "from 1 the tiny VLM reads half-drowned tokens and nothing presses the scorer; "
                                      "stepprune 1, for its scores are all but 0 and 1, and z-scored lie 3 apart]")
@@ -85,7 +91,8 @@ class TrainConfig:
                                 "stepprune.length_weight [ours]")
     length_end: float = option(0.1, "... and at the end [ours; paper: constant]")
     align: bool = option(True, "stepprune: start W_text as the inverse of the projector [ours]")
-    max_steps: int = option(48, "stepprune: T_max, most tokens picked in training [ours]")
+    max_steps: int | None = option(None, "stepprune: T_max, most tokens picked in training [ours: a third of a square "
+                                         "picture's tokens; 192 at native resolution]")
     gamma: float = option(0.98, "stepprune: discount of Eq. 11 [ours]")
     stop: str = option("encoded", "stepprune: h_stop of Eq. 4; learned [paper], encoded with image and question [ours]",
                        choices=["learned", "encoded"])
@@ -99,7 +106,7 @@ class TrainConfig:
     pictures: int = option(2400, "recon: scenes to train on, each once an epoch [ours, tiny]")
     images: str | None = option(None, "recon: train on all pictures below this folder instead; with --data llava-665k: "
                                       "the folder where its paths begin")
-    epochs: float = option(3., "recon: in three stages, 60, 20 and 20 %% of them [ours, tiny; paper: 100]")
+    epochs: float | None = option(None, "recon: in three stages, 60, 20 and 20 %% of them [ours, tiny: 3; paper: 100]")
     cache_features: str | None = option(None, "recon: keep the encoder's features in this folder, made once")
     p: float = option(0.6, "recon: share of kept tokens above which Eq. 4 presses [paper]")
     q: float = option(0.1, "recon: ... and below which [paper]")
@@ -126,14 +133,12 @@ class TrainConfig:
 
     def __post_init__(self):
         self.run = self.run or f"runs/{self.method}"
-        for name, value in METHODS.get(self.method, METHODS["autoselect"]).items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
         self.data = "folder" if self.images and self.data == "scenes" else self.data
         counts = {k: getattr(self, k) for k in ("steps", "batch", "micro", "save_every", "keep_checkpoints",
                                                 "pictures")}
         if wrong := [f"{k}={v}" for k, v in counts.items() if v is not None and v < 1] + [
-                f"keep={self.keep}"] * (min(self.keep, default=0) < 1):
-            raise ValueError(f"{', '.join(wrong)}: expected at least 1")
+                f"keep={self.keep}"] * (min(self.keep, default=0) <= 0):
+            raise ValueError(f"{', '.join(wrong)}: expected at least 1, and of keep more than 0")
         if self.data == "folder" and not self.images:
             raise ValueError("data='folder' needs --images, the folder")
         silent = self.data == "folder" or self.data in SOURCES and SOURCES[self.data].kind == "images"
@@ -144,11 +149,30 @@ class TrainConfig:
                              "what the vision encoder says")
 
 
-def build_selector(cfg, vlm: FrozenVLM) -> torch.nn.Module:
-    """The method's module, sized for the VLM. cfg: TrainConfig, or the same fields read from a run's config.json."""
+def tokens_of(vlm: FrozenVLM) -> int:
+    """Of one view of a picture; at native resolution, of one as large as the others' views."""
+    side = getattr(vlm.adapter, "pooled", vlm.adapter.side)
+    return side ** 2 or (576 if vlm.width >= 512 else 144)
+
+
+def settle(cfg: TrainConfig, vlm: FrozenVLM) -> None:
+    """Fill in what was not said, by the size of the VLM."""
+    large = vlm.width >= 512
+    defaults = {name: value[large] if isinstance(value, tuple) else value
+                for name, value in METHODS.get(cfg.method, {}).items()}
+    width = vlm.dim if cfg.condition else vlm.width
+    defaults = {"epochs": 0., **defaults, "heads": max(4, width // 64), "max_steps": tokens_of(vlm) // 3}
+    for name, value in defaults.items():
+        setattr(cfg, name, value if getattr(cfg, name) is None else getattr(cfg, name))
+
+
+def build_selector(cfg: TrainConfig, vlm: FrozenVLM) -> torch.nn.Module:
+    """The method's module, sized for the VLM."""
+    settle(cfg, vlm)
     if cfg.method == "autoselect":
+        keep = round(cfg.keep[0] if cfg.keep[0] >= 1 else max(cfg.keep[0] * tokens_of(vlm), 1))
         return autoselect.AutoSelect(autoselect.Config(
-            width=vlm.width, keep=cfg.keep[0], layers=cfg.layers, heads=cfg.heads, tau_start=cfg.tau_start,
+            width=vlm.width, keep=keep, layers=cfg.layers, heads=cfg.heads, tau_start=cfg.tau_start,
             tau_end=cfg.tau_end, gate=cfg.gate, denoiser=cfg.denoiser, scorer=cfg.scorer))
     if cfg.method == "stepprune":
         return stepprune.StepPrune(stepprune.Config(
@@ -339,10 +363,11 @@ def part_loss(selector, vlm, batch: Batch, units: Units, cfg, step: int, first: 
     answers = (rows["labels"][:, 1:] != IGNORE).sum()
     if cfg.method == "autoselect":                     # Eq. (1): the frozen VLM's own loss on gated tokens
         keep = cfg.keep[step % len(cfg.keep)]
+        keep = (keep * valid.sum(1)).round().clamp(min=1) if keep < 1 else keep
         with autocast:
             gated, a = selector(v, valid, keep, tau, noise)
         loss = vlm.loss(vlm.embed(rows, units, units.flat(gated))) * answers / total["answers"]
-        shown = {"keep": keep}
+        shown = {"keep": float(torch.as_tensor(keep).float().mean())}
     else:                                              # Eq. (15)
         g_text = stepprune.text_gate(step, cfg.text_steps)
         with autocast:
@@ -390,7 +415,8 @@ def learning_rate(step: int, cfg) -> float:
 
 def status(shown: dict, loss: float, norm: float) -> dict:
     """What the progress bar shows: losses, how many tokens are kept and their spread, temperature, gradient norm."""
-    kept = f"{shown['K']:.0f}±{shown['K_sd']:.0f}" if "K" in shown else shown.get("keep", f"{shown.get('kept', 0):.0%}")
+    kept = f"{shown['K']:.0f}±{shown['K_sd']:.0f}" if "K" in shown else (
+        f"{shown['keep']:.0f}" if "keep" in shown else f"{shown.get('kept', 0):.0%}")
     return {"loss": f"{loss:.3f}", "K": kept, "grad": f"{norm:.2f}",
             **{k: shown[k] for k in ("tau", "feature", "image") if k in shown}}
 
@@ -417,13 +443,13 @@ def train(cfg: TrainConfig) -> Path:
         tensorboard()
     accelerator = Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
     main = accelerator.is_main_process
-    fit_batch(cfg, accelerator.num_processes)
     vlm = FrozenVLM.from_pretrained(cfg.model, getattr(torch, cfg.dtype), accelerator.device,
                                     random_weights=cfg.random_weights)
     frozen = sum(p.numel() for p in vlm.parameters())
     vlm.checkpointing(frozen > 1e9 if cfg.checkpointing is None else cfg.checkpointing)
     torch.manual_seed(cfg.seed)
     selector = build_selector(cfg, vlm).to(vlm.device).train()
+    fit_batch(cfg, accelerator.num_processes)
     selector.alone = False
     data = open_data(cfg, vlm)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(data) / cfg.batch)           # recon
