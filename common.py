@@ -1014,7 +1014,7 @@ class FrozenVLM(nn.Module):
         if positions not in ("original", "reindex"):
             raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
         prompt = replace(prompt, origin=(prompt.is_visual.cumsum(1) - 1).masked_fill(~prompt.is_visual, -1))
-        start = before = prompt
+        start, before, rotary = prompt, prompt, None
         for i, layer in enumerate(self.lm.layers[:depth]):
             if i in stages:
                 full = Look(prompt, before, start, (self.lm.layers[i - 1], layer), self._rotary(rotary), self.lm.norm)

@@ -5,8 +5,8 @@ largest L1 norm. Each pivot in turn takes the visual tokens that are least like 
 the model's last norm, out of those still there. Text pivots only probe. Positions stay.
 
 Budget: K tokens survive, the visual pivots among them, so the mean over layers is (2 N + (layers - 2) K) / layers.
-Paper and released code: the code takes floor(K / 8) tokens for each of the 8 pivots and adds the 4 visual ones, that is
-K + 4 (68 for 64), pivots in the order of a Python set. Here K - 4 are shared out, visual pivots by norm, then text [ours].
+Paper and released code: the code takes floor(K / 8) tokens for each of the 8 pivots and adds the 4 visual ones, 68 for
+K = 64, the pivots in the order of a Python set. Here K - 4 are shared out, visual pivots by norm first [ours].
 """
 
 import torch

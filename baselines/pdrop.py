@@ -3,10 +3,12 @@ ranked by the attention of the last prompt token in that very layer, mean over h
 
 Budget: the mean over layers of the tokens that enter a layer is K, or less than one below it. The stages keep lambda,
 lambda^2, lambda^3 of N, lambda solved for. count="last": K after the last stage, lambda = (K / N)^(1/3).
-Paper and released code: the paper's tables name averages of 192, 128 and 64 of 576, yet at 8/16/24 of 32 no average under
-144 exists. Released are 1/2, 1/4, 1/8 (270 on average), truncated, and positions numbered anew at every stage
-(as_released here, with positions="reindex" for generate_within(), decoding included).
+Paper and released code: tables name averages of 192, 128 and 64 of 576, yet at 8/16/24 of 32 none under 144 exists.
+Released are 1/2, 1/4, 1/8 (270 on average), truncated, and positions numbered anew at every stage: as_released, with
+positions="reindex" for generate_within(), decoding included.
 """
+
+from functools import cache
 
 LAYERS = (8, 16, 24)                                   # [paper]
 
@@ -56,14 +58,18 @@ def stages(keep: int | None, tokens: int | list[int], depth: int = 32, layers: t
     rows = tokens if isinstance(tokens, list) else [tokens]
     if not as_released and not 0 < keep <= min(rows):
         raise ValueError(f"keep={keep} does not fit {min(rows)} visual tokens")
-    counts = {n: shrink(n, .5, len(layers)) if as_released else schedule(keep, n, depth, layers, count)
-              for n in set(rows)}
+
+    @cache
+    def counts(n):
+        return shrink(n, .5, len(layers)) if as_released else schedule(keep, n, depth, layers, count)
+    for n in rows:                                     # an impossible one is refused now
+        counts(n)
 
     def at(stage):
         def rule(look):
             scores = look.attention(own=True).mean(1)[:, 0]                           # (B, N)
             entered = look.start.is_visual.sum(1).tolist()
-            return [s[v].argsort(descending=True, stable=True)[:counts[n][stage]].sort().values
+            return [s[v].argsort(descending=True, stable=True)[:counts(n)[stage]].sort().values
                     for s, v, n in zip(scores, look.valid, entered)]
         return rule
     return {layer: at(stage) for stage, layer in enumerate(layers)}
