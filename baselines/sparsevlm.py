@@ -101,7 +101,7 @@ def rating(look, plus: bool = False) -> torch.Tensor:
         heads, width = weights.shape[1], look.blocks[0].self_attn.head_dim
         ones = look.rotate(weights.new_ones(*look.prompt.mask.shape, 1, width))[:, :, 0]
         bias = ones[:, -rater.shape[1]:] @ look.pad(ones)[0].mT / width ** .5
-        weights = weights / bias[:, None]
+        weights = weights / bias.masked_fill(~look.valid[:, None], 1.)[:, None]       # 0 / 0 behind shorter rows
     weights = torch.einsum("bhtn,bt->bhn", weights, rater.to(weights)) / rater.sum(1)[:, None, None]
     if plus:
         best = weights.sum(-1).topk(max(1, round(heads * 14 / 32))).indices
