@@ -289,11 +289,14 @@ def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
                         for low, high, b in zip(edges, edges[1:], inside)]}
 
 
-def inside_table(lines: list[dict]) -> str:
-    """The budgets of the rivals inside the language model as Markdown: means over questions."""
-    out = ["| method | K | enter | in the last layer | mean over layers |", "|" + "---|" * 5]
-    return "\n".join(out + [f"| {x['method']} | {x['K']} | {x['entering']:.1f} | {x['last_layer']:.1f} | "
-                            f"{x['layer_mean']:.1f} |" for x in lines if "layer_mean" in x])
+def report_inside(lines: list[dict], out: Path) -> None:
+    """inside.md, if there are rivals inside the language model: visual tokens that its layers see, mean of questions."""
+    table = ["| method | K | enter | in the last layer | mean over layers |", "|" + "---|" * 5]
+    table += [f"| {x['method']} | {x['K']} | {x['entering']:.1f} | {x['last_layer']:.1f} | {x['layer_mean']:.1f} |"
+              for x in lines if "layer_mean" in x]
+    if len(table) > 2:
+        print("\n" + "\n".join(table))
+        write_whole(out / "inside.md", lambda p: p.write_text("\n".join(table) + "\n"))
 
 
 def adaptive_table(found: dict) -> str:
@@ -562,10 +565,7 @@ def main(args=None) -> list[dict]:
     single = {name for names in groups.values() for name in names}
     short = table([line for line in lines if line["method"] not in single])
     write_whole(out / "summary.md", lambda p: p.write_text(short + "\n"))
-    if any("layer_mean" in line for line in lines):
-        text = inside_table(lines)
-        print(f"\n{text}")
-        write_whole(out / "inside.md", lambda p: p.write_text(text + "\n"))
+    report_inside(lines, out)
     found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
     if found:
         text = adaptive_table(found)

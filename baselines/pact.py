@@ -66,13 +66,11 @@ def merge(x: torch.Tensor, keys: torch.Tensor, score: torch.Tensor, keep: int | 
     wide, n = torch.promote_types(x.dtype, torch.float32), len(x)
     survivors = score.argsort(descending=True, stable=True)[:max(int(share * n), keep or 1)].sort().values
     keys = F.normalize(keys.to(wide), dim=-1)
-    between = (1 - keys[survivors] @ keys[survivors].mT).clamp(min=0).fill_diagonal_(0.)
-    centres, cutoff = cluster(between, keep, cutoff)
+    distance = (1 - keys @ keys.mT).clamp(min=0).fill_diagonal_(0.)
+    centres, cutoff = cluster(distance[survivors][:, survivors], keep, cutoff)
     centres = survivors[centres]
-    distance, owner = (1 - keys @ keys[centres].mT).clamp(min=0).min(1)
-    joins = distance <= RECOVER * cutoff
-    joins[survivors] = True
-    joins[centres], owner[centres] = True, torch.arange(len(centres), device=x.device)
+    nearest, owner = distance[:, centres].min(1)       # no survivor is farther than the cutoff
+    joins, owner[centres] = nearest <= RECOVER * cutoff, torch.arange(len(centres), device=x.device)
     sums = x.new_zeros(len(centres), x.shape[1], dtype=wide).index_add(0, owner[joins], x[joins].to(wide))
     sizes = owner[joins].bincount(minlength=len(centres))
     return centres, (sums / sizes[:, None]).to(x), sizes
