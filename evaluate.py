@@ -290,7 +290,7 @@ def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
 
 
 def report_inside(lines: list[dict], out: Path) -> None:
-    """inside.md, if there are rivals inside the language model: visual tokens that its layers see, mean of questions."""
+    """inside.md, if there are rivals inside the language model: visual tokens that its layers see, on average."""
     table = ["| method | K | enter | in the last layer | mean over layers |", "|" + "---|" * 5]
     table += [f"| {x['method']} | {x['K']} | {x['entering']:.1f} | {x['last_layer']:.1f} | {x['layer_mean']:.1f} |"
               for x in lines if "layer_mean" in x]
