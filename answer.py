@@ -124,7 +124,8 @@ def ask(cfg: AnswerConfig, vlm: FrozenVLM, way: Way, images, units: Units, quest
           ", chosen for this question" * way.anew, end=": ", flush=True)
     if way.layer:
         prompt = vlm.embed(vlm.batch([images], alone, twice=True), units)
-        answer = vlm.generate_within(prompt, {way.layer: select}, cfg.max_new_tokens, stream)[0]
+        rule = {way.layer: lambda look: select(look.states, look.valid)}
+        answer = vlm.generate_within(prompt, rule, cfg.max_new_tokens, stream)[0]
     else:
         if fresh:
             keep, said = [way.order.sort().values] if way.select else None, way.chat.turns if way.chat else ()

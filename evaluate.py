@@ -22,9 +22,9 @@ from transformers import HfArgumentParser
 import autoselect
 import recon_selector
 import stepprune
-from baselines import cls_attention, random
+from baselines import cls_attention, dart, fastv, pact, pdrop, random, sparsevlm
 from benchmarks import rebuild, scenes
-from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
+from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table, token_budget
 from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
 from train import load_run, option, read_run, write_whole
@@ -36,6 +36,11 @@ PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.
              "recon": {},
              "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
 BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
+# name -> module and more of its stages(); those that drop in stages count K on average over layers, or after the last
+INSIDE = {"fastv": (fastv, {}), "dart": (dart, {}), "pact": (pact, {}), "pdrop": (pdrop, {}),
+          "pdrop_last": (pdrop, {"count": "last"}), "sparsevlm": (sparsevlm, {}),
+          "sparsevlm_last": (sparsevlm, {"count": "last"}), "sparsevlm_plus": (sparsevlm, {"plus": True}),
+          "sparsevlm_plus_last": (sparsevlm, {"plus": True, "count": "last"})}
 
 
 @dataclass
@@ -44,7 +49,9 @@ class EvalConfig:
         "help": "run folders [the latest in runs/]; several (seeds) give one line each, then mean and spread"})
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
-        "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most"})
+        "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most; "
+                "inside the language model fastv, dart, pact, pdrop, sparsevlm, sparsevlm_plus, of the last three also "
+                "..._last, whose K is the number after the last stage and not the mean over layers"})
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
@@ -84,20 +91,24 @@ class Selector(NamedTuple):
 
     layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
     question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
+    stages: stages(K, visual tokens of each row) -> {layer: rule} of a rival inside; it asks behind the image alone.
     """
     select: Callable | None
     each: bool = True
     layer: int | None = None
     budgets: tuple | None = None
+    stages: Callable | None = None
 
 
 class Hit(NamedTuple):
-    """One answered question. recall: share of its evidence that was kept, nan where nothing bears on it."""
+    """One answered question. recall: share of its evidence that was kept, nan where nothing bears on it. seen: the
+    token_budget() of a rival inside the language model."""
     family: str
     right: float
     recall: float
     kept: int
     things: int
+    seen: tuple | None = None
 
 
 def per_picture(select) -> Selector:
@@ -168,9 +179,10 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
         doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
         for name, budget in turns:
-            feats, keep, selector = None, None, selectors.get(name)
-            if getattr(selector, "layer", None) is not None:
-                answers, keep = within(vlm, doubled, asked.units, selector, name, budget, clock, start < 4 * batch)
+            feats, keep, seen, selector = None, None, None, selectors.get(name)
+            if getattr(selector, "layer", None) is not None or getattr(selector, "stages", None):
+                answers, keep, seen = within(vlm, questions if selector.stages else doubled, asked.units, selector,
+                                             name, budget, clock, start < 4 * batch)
             else:
                 with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
                     if isinstance(selector, torch.nn.Module):                # Figure 5: drowned, not removed
@@ -187,20 +199,32 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
             found = recall(keep, asked.evidence) if keep else [1.] * len(gold)
             kept = [len(k) for k in keep] if keep else [len(e) for e in asked.evidence]
             results.setdefault((name, budget), []).extend(
-                Hit(q.family, scenes.score(a, q.answer), r, k, things)
-                for (q, things), a, r, k in zip(gold, answers, found, kept))
+                Hit(q.family, scenes.score(a, q.answer), r, k, things, s)
+                for (q, things), a, r, k, s in zip(gold, answers, found, kept, seen or [None] * len(gold)))
     return results, clock
 
 
 def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock, timed: bool) -> tuple:
-    """Answers and keep, or None, of a selection inside the language model; timed: and the time of its prefill."""
-    keeps = []
+    """Answers of a selection inside the language model, the indices of what it kept to the end, or None, and each
+    question's token_budget(), None for one that is none of the rivals; timed: and the time of its prefill."""
+    kept, prompt, depth = {}, vlm.embed(batch, units), len(vlm.lm.layers)
+    entered = prompt.is_visual.sum(1).tolist()
+    if selector.stages:
+        rules = selector.stages(budget, entered)
+    elif selector.layer:
+        rules = {selector.layer: lambda look: selector.select(look.states, look.valid, budget)}
+    else:
+        rules = {}
 
-    def rule(states, valid):
-        with clock(f"select {name} {budget}", len(states)):
-            keeps.append(selector.select(states, valid, budget))
-        return keeps[-1]
-    stages, prompt = {selector.layer: rule} if selector.layer else {}, vlm.embed(batch, units)
+    def watched(layer, rule):
+        def watch(look):
+            with clock(f"select {name} {budget}", len(entered) if layer == min(rules) else 0):
+                found = rule(look)
+            keep, changes = found if isinstance(found, tuple) else (found, {})
+            kept[layer] = changes.get("origin") or [origin[k] for origin, k in zip(look.origin, keep)]
+            return found
+        return watch
+    stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
     answers = vlm.generate_within(prompt, stages, max_new_tokens=4)
     if timed:
         with clock(f"prefill {name} {budget}", len(units.grid)):
@@ -208,7 +232,8 @@ def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Cloc
     if not stages:
         with clock(f"select {name} {budget}", len(units.grid)):      # nothing is selected, in no time
             pass
-    return answers, keeps[-1] if keeps else None
+    seen = [token_budget(n, {i: len(keep[b]) for i, keep in kept.items()}, depth) for b, n in enumerate(entered)]
+    return answers, kept[max(kept)] if kept else None, seen if selector.stages else None
 
 
 @torch.no_grad()
@@ -244,6 +269,9 @@ def summarise(results: dict, clock: Clock) -> list[dict]:
             "recall": float(np.nanmean([h.recall for h in hits])), "kept": float(np.mean([h.kept for h in hits])),
             "vision_ms": clock.ms("vision"), "select_ms": clock.ms(f"select {name} {budget}"),
             "prefill_ms": clock.ms(f"prefill {name} {budget}")})
+        if hits[0].seen:
+            entering, last, mean = np.mean([h.seen for h in hits], 0).tolist()
+            lines[-1] |= {"entering": entering, "last_layer": last, "layer_mean": mean}
     return lines
 
 
@@ -260,6 +288,16 @@ def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
             "buckets": [{"from": low, "to": high - 1, "n": int(b.sum()),
                          "accuracy": float(right[b].mean()) if b.any() else None}
                         for low, high, b in zip(edges, edges[1:], inside)]}
+
+
+def report_inside(lines: list[dict], out: Path) -> None:
+    """inside.md, if there are rivals inside the language model: visual tokens that its layers see, on average."""
+    table = ["| method | K | enter | in the last layer | mean over layers |", "|" + "---|" * 5]
+    table += [f"| {x['method']} | {x['K']} | {x['entering']:.1f} | {x['last_layer']:.1f} | {x['layer_mean']:.1f} |"
+              for x in lines if "layer_mean" in x]
+    if len(table) > 2:
+        print("\n" + "\n".join(table))
+        write_whole(out / "inside.md", lambda p: p.write_text("\n".join(table) + "\n"))
 
 
 def adaptive_table(found: dict) -> str:
@@ -379,9 +417,9 @@ def look(selector, units, question, k: int, biases: dict | None, most: int | Non
 
 def check(cfg: EvalConfig) -> tuple[list[str], str]:
     """The runs to evaluate and their model. Raises before anything is loaded."""
-    unknown = set(cfg.methods) - {*BASELINES, "evidence"}
-    if unknown:
-        raise ValueError(f"methods={sorted(unknown)}: known are {[*BASELINES, 'evidence']}")
+    known = [*BASELINES, *INSIDE, "evidence"]
+    if unknown := set(cfg.methods) - {*known}:
+        raise ValueError(f"methods={sorted(unknown)}: known are {known}")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
     models = [read_run(run)[1]["training"]["model"] for run in runs]
     return runs, cfg.model or models[0]
@@ -394,6 +432,29 @@ def beside_condition(layer: int) -> dict:
         image_of = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
         return random.select(Units(states[valid], image_of, [(1, n) for n in counts.tolist()]), k)
     return {"asked twice": Selector(None, layer=0, budgets=("all",)), "random inside": Selector(at_random, layer=layer)}
+
+
+def at_depth(layers: tuple, depth: int) -> tuple:
+    """Layers that a paper names for models of 28 to 32, the same where there are as many; else scaled by depth / 32,
+    each at least one above the one before it [ours]."""
+    found = []
+    for left, i in zip(range(len(layers), 0, -1), layers):
+        i = i if depth >= 28 else round(i * depth / 32)
+        found.append(min(max(i, found[-1] + 1 if found else 1), depth - left))
+    return tuple(found)
+
+
+def rival(vlm, name: str, budgets) -> Selector:
+    """A rival inside the language model, at the budgets that its schedule can have; the others are printed."""
+    (module, how), depth, possible = INSIDE[name], len(vlm.lm.layers), []
+    layers = at_depth(module.LAYERS, depth)
+    for k in budgets:
+        try:
+            module.stages(k, [w * h // vlm.unit_side ** 2 for w, h in scenes.SIZES[vlm.family]], depth, layers, **how)
+            possible.append(k)
+        except ValueError as error:
+            print(f"{name} {k}: left out, {error}")
+    return Selector(None, budgets=tuple(possible), stages=lambda k, n: module.stages(k, n, depth, layers, **how))
 
 
 def crop_by_crop(selector, units: Units, k: int | None) -> list:
@@ -429,7 +490,8 @@ def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
 def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
     """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
     baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
-                 **{name: per_picture(select) for name, select in BASELINES.items()}}
+                 **{name: per_picture(select) for name, select in BASELINES.items()},
+                 **{name: rival(vlm, name, cfg.budgets) for name in INSIDE if name in cfg.methods}}
     selectors = {name: baselines[name] for name in cfg.methods
                  if name != "cls_attention" or vlm.adapter.has_cls}
     for name in set(cfg.methods) - set(selectors):
@@ -478,6 +540,7 @@ def main(args=None) -> list[dict]:
     write_whole(out / "summary.md", lambda p: p.write_text(short + "\n"))
     if (card := out / "selector/README.md").exists():
         refresh(card)
+    report_inside(lines, out)
     found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
     if found:
         text = adaptive_table(found)

@@ -59,6 +59,17 @@ def measure_speed(selectors: dict, device: str, layers: int = 4, text: int = 60,
     return lines
 
 
+def token_budget(tokens: int, counts: dict[int, int], layers: int) -> tuple[int, int, float]:
+    """Visual tokens that enter the language model, that its last layer sees, and their mean over its layers.
+
+    counts: {layer: visual tokens from this layer on}, empty for a method that prunes in front of the language model.
+    """
+    seen = [tokens]
+    for i in range(layers):
+        seen.append(counts.get(i, seen[-1]))
+    return tokens, seen[-1], sum(seen[1:]) / layers
+
+
 def speed_table(lines: list[dict], layers: int) -> str:
     """Ratios to the unpruned prompt of the same run; the saved prefill is scaled to the real model's 32 layers."""
     names = [key.removesuffix("_ms") for key in lines[0] if key.endswith("_ms") and key != "prefill_ms"]

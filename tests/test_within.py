@@ -37,14 +37,14 @@ def prompt(vlm, asked):
     return vlm.embed(asked, vlm.encode(asked))
 
 
-def everything(states, valid):
-    return [torch.arange(n) for n in valid.sum(1)]
+def everything(look):
+    return [torch.arange(n) for n in look.valid.sum(1)]
 
 
 def fixed(stages, rows=slice(None)):
     """Rules that return what stages {layer: keep} says, of these rows."""
     def rule(keep):
-        return lambda states, valid: [torch.tensor(row) for row in keep[rows]]
+        return lambda look: [torch.tensor(row) for row in keep[rows]]
     return {layer: rule(keep) for layer, keep in stages.items()}
 
 
@@ -144,7 +144,7 @@ def test_a_rule_sees_the_states_of_what_earlier_rules_left(vlm, stock, asked, pr
     stages, seen = {1: FIRST, 2: SECOND}, {}
 
     def spy(layer, rule):
-        return lambda *seen_by_rule: seen.setdefault(layer, seen_by_rule) and rule(*seen_by_rule)
+        return lambda look: seen.setdefault(layer, (look.states, look.valid)) and rule(look)
 
     vlm.generate_within(prompt, {layer: spy(layer, rule) for layer, rule in fixed(stages).items()}, 3)
     _, states = masked(stock, full_embeds(stock, asked), stock_positions(stock, asked),
@@ -176,7 +176,7 @@ def test_a_row_without_visual_tokens_may_stay_without(vlm, asked, prompt):
     outside = vlm.prune(asked, units, [torch.tensor([0, 3, 7, 8]), none, torch.tensor([2])])
     last = int(outside.is_visual[2].sum())             # a newline may stand behind the unit
     keep = [torch.tensor([1, 3]), none, torch.arange(last)]
-    logits, left = vlm.logits_within(outside, {1: lambda states, valid: keep})
+    logits, left = vlm.logits_within(outside, {1: lambda look: keep})
     assert left.is_visual.sum(1).tolist() == [2, 0, last]
     for row, same in enumerate((False, True, True)):   # nothing is dropped from the last two
         assert torch.allclose(logits[row, -5:], vlm.logits(outside)[row, -5:], **EXACT) == same
@@ -285,7 +285,7 @@ def test_indices_count_what_is_left(vlm, prompt):
 def test_a_row_may_not_lose_its_last_visual_token(vlm, prompt):
     none = torch.tensor([], dtype=torch.int64)
     with pytest.raises(ValueError, match=r"stages\[1\]\(...\)\[1\] is empty: expected at least one of \d+ visual"):
-        vlm.logits_within(prompt, {1: lambda states, valid: [torch.tensor([0]), none, torch.tensor([0])]})
+        vlm.logits_within(prompt, {1: lambda look: [torch.tensor([0]), none, torch.tensor([0])]})
 
 
 @pytest.mark.parametrize("layer", [0, -1, 3, 1.5])
