@@ -58,6 +58,10 @@ class Answers(NamedTuple):
     later: list[dict]
 
 
+class Impossible(ValueError):
+    """A rival inside the language model cannot keep K of so many tokens."""
+
+
 class Stamps:
     """A streamer of transformers that notes when the prompt went in, when each token came, and the end."""
 
@@ -166,7 +170,10 @@ def staged(vlm, prompt: Prompt, entered: list[int], selector: Selector, k, stage
     """Of every row: its answer, the indices of what was kept to the end, or None for all, {layer: tokens left}."""
     kept = {}
     if selector.stages:
-        rules = selector.stages(k, entered)
+        try:
+            rules = selector.stages(k, entered)
+        except ValueError as error:
+            raise Impossible(str(error)) from error
     else:
         rules = {selector.layer: lambda look: selector.select(look.states, look.valid, k)} if selector.layer else {}
 

@@ -67,10 +67,16 @@ def token_budget(tokens: int, counts: dict[int, int], layers: int) -> tuple[int,
 
     counts: {layer: visual tokens from this layer on}, empty for a method that prunes in front of the language model.
     """
+    seen = per_layer(tokens, counts, layers)
+    return tokens, seen[-1], sum(seen) / layers
+
+
+def per_layer(tokens: int, counts: dict[int, int], layers: int) -> list[int]:
+    """The visual tokens that each layer sees, see token_budget()."""
     seen = [tokens]
     for i in range(layers):
         seen.append(counts.get(i, seen[-1]))
-    return tokens, seen[-1], sum(seen[1:]) / layers
+    return seen[1:]
 
 
 def prefill_flops(config, counts: list[int]) -> int:
