@@ -121,8 +121,11 @@ def run(vlm, questions, turns: dict, files: dict[tuple, Predictions], batch: int
 
 
 def compare(vlm, questions, turns: dict, batch: int = 8, pad: str = "none") -> str:
-    """How much faster `batch` questions at a time are than one by one, per turn, and how many answers are the same."""
+    """How much faster `batch` questions at a time are than one by one, per turn, and how many answers are the same;
+    without turns whose K cannot be had."""
     times, answers, prepare = {}, {}, padding(vlm, pad)
+    first = answer(vlm, batches(questions, 1)[0], turns, prepare)
+    turns = {turn: selector for turn, selector in turns.items() if not isinstance(first[turn], Impossible)}
     for size in (batch, 1):
         for turn, selector in turns.items():
             answer(vlm, batches(questions[:size], size)[0], {turn: selector}, prepare)     # whatever is first is slow
