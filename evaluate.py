@@ -474,7 +474,7 @@ def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
 
 
 def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
-    """Tables of all complete predictions files in a folder, beside what the papers print; benchmarks.json, .md, .png."""
+    """Tables of the complete predictions files in a folder, beside what the papers print, into `out`: benchmarks.*"""
     files, header = scores.found(folder, BENCHMARKS)
     lines = scores.summarise(files, BENCHMARKS, cfg.seed, cfg.resamples)
     names = {name: BENCHMARKS[name].NAME for name in files}
