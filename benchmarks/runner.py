@@ -42,7 +42,7 @@ def batches(questions, size: int) -> list[list[tuple[int, object]]]:
 
 def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = False) -> tuple[Asked, dict, dict | None]:
     """The questions as Asked, every different picture encoded once; as the batch that the VLM answers; and, if twice,
-    as one that asks before the image too. Raises ValueError naming a question whose pictures cannot be read."""
+    as one that asks before the image too. Raises ValueError naming questions that cannot be read, or are too long."""
     rows, first, owner = [], {}, []
     for _, question in part:
         try:
@@ -56,7 +56,11 @@ def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = Fals
     images = [images if len(images) > 1 else images[0] for images in rows]
     pixels = vlm.pictures([images[owner.index(b)] for b in range(len(first))])
     turns = [[(question.prompt, None)] for _, question in part]
-    batch, doubled = vlm.batch(images, turns), vlm.batch(images, turns, twice=True) if twice else None
+    try:
+        batch, doubled = vlm.batch(images, turns), vlm.batch(images, turns, twice=True) if twice else None
+    except ValueError as error:
+        names = ", ".join(question.id for _, question in part)
+        raise ValueError(f"{error}. The rows, from 0, are the questions {names}") from error
     with clock("vision", len(first)):
         units = vlm.encode(pixels)
     return Asked(units, owner, units.rows(owner), vlm.question(batch), None, list(first)), batch, doubled
