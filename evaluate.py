@@ -500,10 +500,10 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     quoted = scores.printed(lines, cfg.backbone or scores.backbone(header["model"]))
     text = "\n\n".join([scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
                         scores.cost_table(lines)])
-    few = [f"{line['method']} {line['K']}" for line in lines if line["benchmarks"] < len(names)]
-    if few and not cfg.partial:
-        text += (f"\n\nNo average of {', '.join(few)}: not all of the {len(names)} benchmarks are there, and averages "
-                 "over different ones do not compare; --partial shows them all the same.")
+    whole = scores.comparable(lines)
+    if (few := [f"{x['method']} {x['K']}" for x in lines if x["benchmarks"] < len(whole)]) and not cfg.partial:
+        text += (f"\n\nNo average of {', '.join(few)}: they lack some of {', '.join(whole)}, and averages over "
+                 "different benchmarks do not compare; --partial shows them all the same.")
     print(f"\n{text}\n\nmodel {header['model']}, prompt {header['style']}, pictures padded: {header['pad']}")
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "benchmarks.json", lambda p: p.write_text(json.dumps(

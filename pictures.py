@@ -30,8 +30,13 @@ def draw_curve(lines: list[dict], tokens: int, path: Path) -> None:
 def draw_tokens(lines: list[dict], names: dict, path: Path) -> None:
     """A panel a benchmark: score with its interval against visual tokens, mean over layers, a curve a method, the
     unpruned model as a line. lines: of benchmarks/scores.py; names: benchmark -> title."""
-    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
-    for axis, (name, title) in zip(axes[0], names.items()):
+    columns = min(4, len(names))
+    lanes = -(-len(names) // columns)
+    figure, axes = plt.subplots(lanes, columns, figsize=(4.2 * columns, 3.6 * lanes), layout="constrained",
+                                squeeze=False)
+    for axis in axes.flat[len(names):]:
+        axis.axis("off")
+    for axis, (name, title) in zip(axes.flat, names.items()):
         there = [line for line in lines if name in line["scores"]]
         for method in dict.fromkeys(line["method"] for line in there):
             points = sorted((line["costs"][name]["layer_mean"], line["scores"][name]["value"],

@@ -184,15 +184,15 @@ def fits(k, budget) -> bool:
 def table(lines: list[dict], names: dict, quoted=(), partial: bool = False) -> str:
     """Scores with their intervals and retention, as Markdown, the printed rows below the lines they belong to.
 
-    names: benchmark -> title. An average stands only where all of the table's benchmarks entered, or with `partial`:
-    averages over different benchmarks do not compare. Their number is always shown.
+    names: benchmark -> title. An average stands only where all those benchmarks entered that the unpruned model has a
+    score in, or with `partial`: averages over different benchmarks do not compare. Their number is always shown.
     """
-    head = ["method", "K", *(f"{title}: score (95 %), retention %" for title in names.values()),
-            "average retention %", "benchmarks"]
+    head = ["method", "K", *names.values(), "average retention", "of benchmarks"]
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    entering = comparable(lines)
 
     def average(value, n):
-        return "-" if value is None or (n < len(names) and not partial) else f"{value:.1f}"
+        return "-" if value is None or (n < len(entering) and not partial) else f"{value:.1f}"
     for line in lines:
         cells = [line["method"], "all" if line["K"] == 0 else str(line["K"])]
         for name in names:
@@ -202,8 +202,8 @@ def table(lines: list[dict], names: dict, quoted=(), partial: bool = False) -> s
             low, high = x["interval"]
             cells.append(f"{x['value']:.1f} ({low:.1f} to {high:.1f})" +
                          (f", {x['retention']:.1f}" if "retention" in x else ""))
-        out.append("| " + " | ".join([*cells, average(line["average"], line["benchmarks"]),
-                                      f"{line['benchmarks']} of {len(names)}"]) + " |")
+        n = line["benchmarks"]
+        out.append("| " + " | ".join([*cells, average(line["average"], n), f"{n} of {len(names)}"]) + " |")
         for row in quoted:
             if (row["of"], row["K"]) != (line["method"], line["K"]):
                 continue
@@ -213,9 +213,14 @@ def table(lines: list[dict], names: dict, quoted=(), partial: bool = False) -> s
                 ratio = f", {100 * own[name] / row['base'][name]:.1f}" if name in own and name in row["base"] else ""
                 mark = f" [{row['flags'][name]}]" if name in row["flags"] else ""
                 cells.append(f"*{own[name]:g}{ratio}*{mark}" if name in own else "-")
-            value, n = retention(own, row["base"])
+            value, n = retention({name: own[name] for name in own if name in entering}, row["base"])
             out.append("| " + " | ".join([*cells, average(value, n), f"{n} of {len(names)}"]) + " |")
-    return "\n".join(out)
+    return "\n".join(out) + "\n\nscore (95 % interval), retention: percent of all tokens' score"
+
+
+def comparable(lines: list[dict]) -> list[str]:
+    """The benchmarks that an average is over: those in which the unpruned model scores."""
+    return [name for line in lines if line["K"] == 0 for name, x in line["scores"].items() if x["value"]]
 
 
 def notes(quoted, names) -> list[str]:
