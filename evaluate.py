@@ -498,8 +498,8 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     lines = scores.summarise(files, BENCHMARKS, cfg.seed, cfg.resamples)
     names = {name: BENCHMARKS[name].NAME for name in files}
     quoted = scores.printed(lines, cfg.backbone or scores.backbone(header["model"]))
-    text = "\n\n".join([scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
-                        scores.cost_table(lines)])
+    text = "\n\n".join(filter(None, [scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
+                                     scores.cost_table(lines), scores.kept_table(lines, names)]))
     whole = scores.comparable(lines)
     if (few := [f"{x['method']} {x['K']}" for x in lines if x["benchmarks"] < len(whole)]) and not cfg.partial:
         text += (f"\n\nNo average of {', '.join(few)}: they lack some of {', '.join(whole)}, and averages over "

@@ -237,10 +237,21 @@ def cost_table(lines: list[dict]) -> str:
     keys = ("entering", "last_layer", "layer_mean")
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
-        x, kept = line["cost"], {name: f"{c['kept']:.1f}" for name, c in line["costs"].items()}
-        each = f" ({', '.join(f'{name} {k}' for name, k in kept.items())})" if len(set(kept.values())) > 1 else ""
-        cells = [line["method"], "all" if line["K"] == 0 else str(line["K"]), f"{x['kept']:.1f}{each}",
+        x = line["cost"]
+        cells = [line["method"], "all" if line["K"] == 0 else str(line["K"]), f"{x['kept']:.1f}",
                  *(f"{x[key]:.1f}" for key in keys), f"{x['gflops']:.4g}",
                  *(f"{x[f'{stage}_ms']:.2f}" for stage in ("vision", "select", "prefill", "decode"))]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
+
+
+def kept_table(lines: list[dict], names: dict) -> str:
+    """Mean number of kept units per benchmark, as Markdown, of the lines where it differs; empty if of none."""
+    out = []
+    for line in lines:
+        kept = {name: f"{x['kept']:.1f}" for name, x in line["costs"].items()}
+        if len(set(kept.values())) > 1:
+            cells = [line["method"], "all" if line["K"] == 0 else str(line["K"]), *(kept.get(n, "-") for n in names)]
+            out.append("| " + " | ".join(cells) + " |")
+    head = ["method", "K", *(f"kept, {title}" for title in names.values())]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *out]) if out else ""

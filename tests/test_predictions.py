@@ -3,12 +3,16 @@
 import json
 import math
 import shutil
+import socket
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import llava
 
 import evaluate
 from baselines import fastv
@@ -52,7 +56,7 @@ def files_for(folder, questions, turns, **how):
 
 def arguments(out, family, methods):
     return ["--model", f"tiny/{family}", "--benchmarks", "scenes", "--methods", *methods, "--budgets", "48", "0.5",
-            "--sample", "12", "--batch", "4", "--resamples", "20", "--dtype", "float32", "--device", "cpu", "--out",
+            "--sample", "9", "--batch", "3", "--resamples", "20", "--dtype", "float32", "--device", "cpu", "--out",
             str(out)]
 
 
@@ -67,7 +71,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_unbroken_one(tmp_path, monkeypatch
 
     def dying(self, rows):
         calls.append(self)
-        if len(calls) % 6 == 0:                        # in the middle of writing a batch
+        if len(calls) % 5 == 0:                        # in the middle of writing a batch
             real(self, rows[:2])
             with open(self.file, "a") as file:
                 file.write(json.dumps(rows[2])[:30])
@@ -126,6 +130,22 @@ def test_two_processes_share_a_run_and_one_continues_it(tiny, tmp_path):
             path = tmp_path / folder / alone[turn].path.name
             assert len(predictions.parts(path)) == parts
             assert predictions.read(path)[0] == header and timeless(predictions.read(path)[1]) == timeless(rows)
+
+
+def test_launched_in_two_processes_it_makes_the_same_table(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `accelerate launch` calls where there are GPUs
+    shown = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port",
+                            str(port), "--", "evaluate.py", *arguments(tmp_path / "two", "llava", ["random"])],
+                           capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+    assert shown.stdout.count("| vanilla | all |") == 2                        # two tables, of one process
+    whole = evaluate.main(arguments(tmp_path / "one", "llava", ["random"]))
+    two = json.loads((tmp_path / "two/benchmarks.json").read_text())["lines"]
+    assert len([*(tmp_path / "two").rglob("*-of-00002.jsonl")]) == 6
+    assert [line["scores"] for line in two] == [line["scores"] for line in whole]
 
 
 # ------------------------------------------------------------------------------------------- the file as it is
@@ -250,6 +270,15 @@ def test_square_puts_the_picture_in_the_middle_of_clips_mean(tiny):
     assert runner.padding(mean, "none")(image) is image
 
 
+def test_llavas_own_prompt_letter_by_letter(tmp_path):
+    vlm = FrozenVLM.from_pretrained(llava(tmp_path, tokens="metaspace"))
+    vlm.processor.chat_template = evaluate.VICUNA
+    assert vlm._dialogue([("what ?\nAnswer.", None)])[0] == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nwhat ?\nAnswer. ASSISTANT:")
+    assert vlm.batch([Image.new("RGB", (24, 24))], [[("what ?", None)]])["input_ids"].shape[0] == 1
+
+
 def test_questions_that_do_not_fit_are_named(tiny):
     with pytest.raises(ValueError, match="rows, from 0, are the questions 5"):
         runner.answer(tiny, [(0, question(5, "what is this thingummy ?"))], {})
@@ -348,7 +377,9 @@ def test_averages_over_different_benchmarks_stand_not_side_by_side(tmp_path, cap
     assert cells["| random"].endswith("| 62.5 | 2 of 3 |") and cells["| fastv"].endswith("| - | 1 of 3 |")
     partial = scores.table(lines, names, partial=True)
     assert "| 100.0 | 1 of 3 |" in partial
-    assert by["random"]["scores"]["one"]["retention"] == 75
+    assert by["random"]["scores"]["one"]["retention"] == 75 and scores.kept_table(lines, names) == ""
+    by["random"]["costs"]["two"]["kept"] = 4.
+    assert scores.kept_table(lines, names).splitlines()[2:] == ["| random | 8 | 8.0 | 4.0 | 8.0 |"]
     assert by["random"]["cost"] == {"kept": 8, "entering": 8, "last_layer": 8, "layer_mean": 8, "gflops": 1,
                                     "vision_ms": 1, "select_ms": 1}
 
