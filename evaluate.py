@@ -22,7 +22,19 @@ from transformers import HfArgumentParser
 import autoselect
 import recon_selector
 import stepprune
-from baselines import cls_attention, random
+from baselines import (
+    cdpruner,
+    cls_attention,
+    divprune,
+    hiprune,
+    hired,
+    holov,
+    prumerge,
+    prunesid,
+    random,
+    tome,
+    visionzip,
+)
 from benchmarks import rebuild, scenes
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table
 from common import FrozenVLM, Units
@@ -35,7 +47,9 @@ PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.
                             "global_denoiser": (95.9, 95.0, 92.7)},
              "recon": {},
              "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
-BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
+BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
+             "holov": holov, "prunesid": prunesid, "cdpruner": cdpruner, "visionzip": visionzip, "prumerge": prumerge,
+             "prumerge+": prumerge, "tome": tome}
 
 
 @dataclass
@@ -44,7 +58,7 @@ class EvalConfig:
         "help": "run folders [the latest in runs/]; several (seeds) give one line each, then mean and spread"})
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
-        "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most"})
+        "help": f"baselines beside the runs: {', '.join(BASELINES)}; evidence keeps what covers the asked things most"})
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
@@ -70,17 +84,19 @@ class Asked(NamedTuple):
     """Q questions about B pictures: all that a selection may read, and the evidence it is judged by.
 
     pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
-    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer
+    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer | merged: FrozenVLM.merged() of the pictures
     """
     pictures: Units
     owner: list[int]
     units: Units
     question: tuple
     evidence: list
+    merged: Callable | None = None
 
 
 class Selector(NamedTuple):
-    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture.
+    """select(asked, K) -> one keep a question, or (these, features in place of the kept units' own). each: a selection
+    per question, not one per picture. look: what encode() has to show it.
 
     layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
     question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
@@ -89,6 +105,7 @@ class Selector(NamedTuple):
     each: bool = True
     layer: int | None = None
     budgets: tuple | None = None
+    look: dict = {}
 
 
 class Hit(NamedTuple):
@@ -100,12 +117,33 @@ class Hit(NamedTuple):
     things: int
 
 
-def per_picture(select) -> Selector:
+def for_all(owner: list[int], found):
+    """What was chosen for each picture -> the same for each question."""
+    if isinstance(found, tuple):
+        keep, feats = found
+        parts = feats.split([len(k) for k in keep])
+        return [keep[b] for b in owner], torch.cat([parts[b] for b in owner])
+    return [found[b] for b in owner]
+
+
+def per_picture(select, look: dict | None = None) -> Selector:
     """A selection that knows no question serves all of a picture's. select(units, K) -> one keep a picture."""
-    def chosen(asked, k):
-        keep = select(asked.pictures, k)
-        return [keep[b] for b in asked.owner]
-    return Selector(chosen, each=False)
+    return Selector(lambda asked, k: for_all(asked.owner, select(asked.pictures, k)), each=False, look=look or {})
+
+
+def rival(name: str, vlm) -> Selector:
+    """A baseline of BASELINES. Raises ValueError, with the reason, if it cannot serve this backbone."""
+    module = BASELINES[name]
+    look = module.look(vlm)
+    if name == "cdpruner":
+        return Selector(lambda asked, k: cdpruner.select(asked.units, k, question=asked.question), look=look)
+    if name == "tome":
+        blocks = vlm.adapter.deep + 1
+        return Selector(lambda asked, k: for_all(asked.owner, tome.select(
+            asked.pictures, k, tower=asked.merged, blocks=blocks)), each=False, look=look)
+    if name == "prumerge+":
+        return per_picture(lambda units, k: prumerge.select(units, k, plus=True), look)
+    return per_picture(module.select, look)
 
 
 def evidence_of(rows, units) -> list[torch.Tensor]:
@@ -141,13 +179,14 @@ def prompts(vlm, part, twice: bool = False):
 
 
 @torch.no_grad()
-def ask(vlm, part, clock=None, twice=False) -> tuple[Asked, dict]:
+def ask(vlm, part, clock=None, twice=False, look=None) -> tuple[Asked, dict]:
     """The questions of some rows as Asked, and as the batch that the VLM answers; twice: before the image too."""
     owner = [b for b, row in enumerate(part) for _ in row.questions]
     pixels, batch = vlm.pictures([row.image for row in part]), prompts(vlm, part, twice)
     with (clock or Clock(vlm.device))("vision", len(part)):
-        units = vlm.encode(pixels)
-    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
+        units = vlm.encode(pixels, look)
+    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units),
+                 lambda rule: vlm.merged(pixels, rule)), batch
 
 
 @torch.no_grad()
@@ -159,11 +198,12 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     """
     results, clock = {}, Clock(vlm.device)
     torch.manual_seed(0)                               # of a random scorer and of the noise in a gate
+    look = {name: what for s in selectors.values() for name, what in getattr(s, "look", {}).items()}
     turns = [("vanilla", 0), *((name, k) for name, s in selectors.items()
                                for k in getattr(s, "budgets", None) or budgets)]
     for start in tqdm(range(0, len(rows), batch), "evaluate"):
         part = rows[start:start + batch]
-        asked, questions = ask(vlm, part, clock)
+        asked, questions = ask(vlm, part, clock, look=look)
         inside = any(getattr(s, "layer", None) is not None for s in selectors.values())
         doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
@@ -179,7 +219,9 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
                         feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
                     elif selector:
                         keep = selector.select(asked, budget)
-                prompt = vlm.prune(questions, asked.units, keep) if keep else vlm.embed(questions, asked.units, feats)
+                        keep, feats = keep if isinstance(keep, tuple) else (keep, None)
+                prompt = (vlm.prune(questions, asked.units, keep, feats) if keep else
+                          vlm.embed(questions, asked.units, feats))
                 answers = vlm.generate(prompt, max_new_tokens=4)
                 if start < 4 * batch:                  # the share that prefill has, on the first batches
                     with clock(f"prefill {name} {budget}", len(gold)):
@@ -428,12 +470,13 @@ def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
 
 def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
     """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
-    baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
-                 **{name: per_picture(select) for name, select in BASELINES.items()}}
-    selectors = {name: baselines[name] for name in cfg.methods
-                 if name != "cls_attention" or vlm.adapter.has_cls}
-    for name in set(cfg.methods) - set(selectors):
-        print(f"{name}: left out, this vision encoder gives no attention of [CLS]")
+    selectors = {}
+    for name in cfg.methods:
+        try:
+            selectors[name] = (Selector(lambda asked, k: oracle(asked.evidence, k)) if name == "evidence" else
+                               rival(name, vlm))
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
     groups = {}
     for name, (selector, config) in trained.items():
         more = kinds_of(cfg, selector, config, biases[name])
