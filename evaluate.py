@@ -84,7 +84,7 @@ class Asked(NamedTuple):
     """Q questions about B pictures: all that a selection may read, and the evidence it is judged by.
 
     pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
-    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer | merged: FrozenVLM.merged() of the pictures
+    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer | merged: FrozenVLM.merged() of pictures
     """
     pictures: Units
     owner: list[int]

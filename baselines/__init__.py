@@ -75,7 +75,7 @@ def with_cls(units, views, rows) -> tuple[list[Tensor], Tensor]:
     keep, feats, start = [], [], 0
     for row, count in zip(rows, views.counts):
         if row is None:
-            keep.append(torch.zeros(0, dtype=torch.int64))
+            keep.append(units.image_of[:0])
         else:
             here, index, own = row
             free = here[~torch.isin(here, index)][:1]

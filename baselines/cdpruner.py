@@ -1,9 +1,10 @@
 """CDPruner (NeurIPS 2025, arXiv:2506.10967): a determinantal point process over tokens, conditioned on the question.
 
-Kernel r_i cos(x_i, x_j) r_j of projected features x; r is relevance: MINUS the mean cosine to the question (of CLIP's
-patches and text the cosine is inverted, the authors say), from 0 to 1 in each view. Greedy MAP, crop by crop.
-Relevance is of CLIP's embeddings: LLaVA ships no text tower, so clip= takes them from outside. Without: projected
-tokens and the language model's embeddings of the question's words, as the OpenVINO port has it.
+Kernel r_i cos(x_i, x_j) r_j of projected features x; r is relevance: the mean cosine to the question, from 0 to 1 in
+each view. Greedy MAP, crop by crop. Relevance is of CLIP's embeddings, MINUS the cosine: of its patches and texts that
+is inverted, the authors say. LLaVA ships no text tower, so clip= takes them from outside. Without: projected tokens
+and the language model's embeddings of the question's words, a space where the sign is plus [ours: in the tiny LLaVA,
+minus keeps less evidence than chance]; the OpenVINO port of this variant has minus.
 
 Released code: scales r over the whole batch, so that pictures depend on one another; and does not bound what is left
 of a token's volume: with a kernel of rank below K it goes negative, and the code picks NaN and repeats itself.
@@ -22,19 +23,21 @@ def look(vlm) -> dict:
 
 
 def select(units, keep: int, *, seed: int = 0, as_released: bool = False, question: tuple | None = None,
-           clip: tuple | None = None) -> list[Tensor]:
+           clip: tuple | None = None, sign: int | None = None) -> list[Tensor]:
     """B ascending int64 tensors of exactly `keep` unit indices, as_released of at most so many.
 
     question: embeddings (B, L, D) and valid (B, L), as FrozenVLM.question() gives them; or clip: embeddings of patches
     (M, d) and of texts (B, S, d), with valid (B, S), one text a segment of the question. Raises ValueError without.
+    sign: of the cosine in the relevance [-1 for clip= and as_released, else 1].
     """
     if question is None and clip is None:
         raise ValueError("cdpruner reads the question: pass question=vlm.question(batch), or clip=(patches, texts, "
                          "valid) of CLIP embeddings, with units that have one row per question")
     next(pictures(units, keep, "projected"))           # it must have been looked at
     tokens, *text = clip or (units.seen["projected"], *question)
-    relevance = torch.cat([-(unit_length(tokens[units.image_of == b].float()) @ unit_length(words[real].float()).T)
+    relevance = torch.cat([(unit_length(tokens[units.image_of == b].float()) @ unit_length(words[real].float()).T)
                            .mean(1) for b, (words, real) in enumerate(zip(*text))])
+    relevance = relevance * (sign or (-1 if clip or as_released else 1))
     units = replace(units, seen=units.seen | {"relevance": relevance})
     span = (relevance.min(), relevance.max()) if as_released else None
     views, budgets = by_view(units, keep)
