@@ -183,8 +183,9 @@ Merge = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class Adapter(ABC):
-    """What is special to one family. To add a family: subclass this, give it encode() and project(), override what
-    differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning exact.
+    """What is special to one family. To add a family: subclass this, give it encode(), fold() and project(), override
+    what differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning
+    exact.
 
     processor_class  whose from_pretrained() gives tokenizer, image processor and chat template
     kind             what the chat template calls a picture: "image" or "video"; rows of a video are lists of frames
@@ -204,11 +205,12 @@ class Adapter(ABC):
         self.token_id = getattr(self.config, f"{self.kind}_token_id")
         tower = getattr(self.model, "visual", None) or self.model.vision_tower
         self.attentions = [part for part in tower.modules() if hasattr(part, "k_proj") or hasattr(part, "qkv")]
-        self.whole = list(range(len(self.attentions)))
+        self.depth = len(self.attentions)              # blocks that feats go through
+        self.whole = list(range(self.depth))
 
     @property
     def deep(self) -> int:
-        return self.whole[-1]
+        return max(i for i in self.whole if i < self.depth)
 
     def inputs(self, processor, images: list, text: list[str] | None = None, **how) -> BatchFeature:
         """The processor's tensors of pictures in RGB and, if there is text, of the prompts around them."""
@@ -330,10 +332,6 @@ class LlavaAdapter(Adapter):
         self.depth = layer if layer > 0 else layers + 1 + layer
         self.side = vision.image_size // vision.patch_size
 
-    @property
-    def deep(self):
-        return self.depth - 1
-
     def encode(self, batch, least=0):
         """The layers above the feature layer do not run, unless one of them is looked at."""
         tower = self.model.vision_tower
@@ -434,10 +432,6 @@ class InternVLAdapter(Adapter):
         self.unit_side = self.patch * self.merge
         self.side = vision.image_size[0] // self.unit_side
         self.depth = self.layer if self.layer >= 0 else len(self.attentions) + 1 + self.layer
-
-    @property
-    def deep(self):
-        return self.depth - 1
 
     def inputs(self, processor, images, text=None, **how):
         pixels = processor.image_processor(images=images, crop_to_patches=True, return_tensors="pt")

@@ -454,6 +454,9 @@ def test_prunesid_groups_tokens_by_their_component():
     assert len(set(group[:12].tolist())) == len(set(group[12:].tolist())) == 1 and group[0] != group[-1]
     again = prunesid.components(x, 2, 3).abs().argmax(1)               # the randomised one agrees where it is clear
     assert torch.equal(again == again[0], group == group[0])
+    noise = torch.randn(40, 32, generator=generator)                   # ... and is its own with every seed where not
+    found = [prunesid.components(noise, 8, seed).abs().argmax(1) for seed in (0, 0, 1)]
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
     units = made(18, feats=x, attention=[1.] * 12 + [.01] * 6)
     assert kept(prunesid.select, units, 8)[-1] >= 12
 
