@@ -5,9 +5,10 @@
         -> B ascending int64 tensors of exactly `keep` unit indices
         -> (those, feats) from methods that merge tokens: feats (sum of K, C) for FrozenVLM.prune()
 
-`keep` counts the tokens of a whole picture. Methods that go crop by crop share it out evenly over the views (crops,
-tiles, frames). Scores are float32, of equals the first wins. as_released=True does what the released code does where
-that differs from the paper: it may keep another number, and its feats stand in the released order.
+`keep` counts the tokens of a whole picture, that is of all pictures of a row. Methods that go crop by crop share it out
+over the views (crops, tiles, frames, pictures of a row). Scores are float32, of equals the first wins.
+as_released=True does what the released code does where that differs from the paper: it may keep another number, and
+its feats stand in the released order.
 """
 
 import torch
@@ -38,14 +39,15 @@ def pictures(units, keep, *names: str, exact: bool = False):
 
 
 def by_view(units, keep: int):
-    """The units with every view a picture of its own, and K for each: even shares of `keep`."""
+    """The units with every view a picture of its own, and K for each: its share of `keep`, in proportion to its tokens;
+    even, but for padding that is cut off and for pictures of different sizes in a row."""
     if units.views is None:
         return units, keep
     for _ in pictures(units, keep):                    # K must fit every picture
         pass
     apart = units.apart()
     rooms = apart.pad(apart.image_of)[1].sum(1).cpu().split(units.views)
-    return apart, torch.cat([share_out(keep, torch.ones(len(room)), room) for room in rooms]).tolist()
+    return apart, torch.cat([share_out(keep, room, room) for room in rooms]).tolist()
 
 
 def share_out(total: int, weight: Tensor, room: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 says how many from each crop of LLaVA-NeXT. One view: the K most attended, the same as FasterVLM's.
 
 Crops: the whole picture keeps alpha K tokens; the others go to the crops by the first layer's attention of the WHOLE
-picture inside each crop. Encoders without [CLS] [ours]: attention received. Other views (tiles, frames): even shares.
+picture inside each crop. Encoders without [CLS] [ours]: attention received. Other views (tiles, frames): by their size.
 
 Released code: (1) a crop's part of the picture is a run of the flattened map, so a stripe; its share is how many of the
 int(N (1 - alpha)) most attended lie there. (2) Every crop's share is rounded down: fewer than K in all.
@@ -23,6 +23,7 @@ def select(units, keep: int, *, seed: int = 0, as_released: bool = False, alpha:
     """B ascending int64 tensors of exactly `keep` unit indices, as_released of at most so many.
 
     alpha: share of the whole picture [released scripts; its code's default is 1, which leaves the crops none].
+    Raises ValueError on rows of several pictures with crops.
     """
     views, budgets = by_view(units, keep)
     if "crop" in units.seen:
@@ -34,6 +35,8 @@ def split(units, keep: int, alpha: float, as_released: bool):
     """How many tokens each view of each picture keeps, the whole picture's first."""
     rooms = units.apart().pad(units.image_of)[1].sum(1).cpu().split(units.views)
     for (_, k, first, crop), room in zip(pictures(units, keep, "cls first", "crop"), rooms):
+        if (crop >= 0).sum() != room[0]:
+            raise ValueError("hired shares out K over the crops of one picture a row: this row has several pictures")
         whole, crops = min(int(k * alpha), int(room[0])), len(room) - 1
         first, crop = first[:int((crop >= 0).sum())].cpu(), crop[crop >= 0].long().cpu()
         if not as_released:

@@ -28,8 +28,10 @@ def select(units, keep: int, *, seed: int = 0, as_released: bool = False, tower:
     """keep, B ascending int64 tensors of exactly K unit indices, and feats (sum of K, C), merged.
 
     tower: lambda rule: vlm.merged(batch, rule), which runs the encoder once more | blocks: vlm.adapter.deep + 1, that
-    the features go through. Raises ValueError if K is too small for so many blocks.
+    the features go through. Raises ValueError if K is too small for so many blocks, on several pictures in a row.
     """
+    if units.views is not None:
+        raise ValueError("tome merges as many tokens in every picture: expected one picture a row, not several")
     counts = {len(here) for here, _ in pictures(units, keep)}
     merges = schedule(max(counts) + 1, keep + 1, blocks)
     feats, anchor = tower(lambda i, keys: bipartite(keys, merges[i]))

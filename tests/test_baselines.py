@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from test_common import QUESTIONS, SIZES, rows_for, stock_inputs
+from test_common import QUESTIONS, SIZES, VIDEO, rows_for, stock_inputs
 from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
 
 import evaluate
@@ -113,6 +113,24 @@ def test_keeping_all_is_the_stock_model(name, vlm, stock, images, family):
             expected = stock(**stock_inputs(stock, batch)).logits
         found = vlm.logits(vlm.prune(batch, units, keep, feats if name in MERGING else None))
         torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_several_pictures_in_a_row(name, vlm, images, family):
+    if family in VIDEO or family in UNSERVED.get(name, ()):
+        return
+    batch = vlm.batch([images[:2], images[2:]], [[(question, None)] for question in QUESTIONS[:2]])
+    units = vlm.encode(batch, METHODS[name].look(vlm))
+    if name == "tome" or (name, family) == ("hired", "llava_next"):
+        with pytest.raises(ValueError, match="several"):
+            choose(name, vlm, batch, units, 9)
+        return
+    keep, feats = choose(name, vlm, batch, units, 9)
+    assert [len(i) for i in keep] == [9, 9] and all((i[1:] > i[:-1]).all() for i in keep)
+    vlm.prune(batch, units, keep, feats)
+    alone = vlm.batch([images[2]], [[(QUESTIONS[1], None)]])
+    if name != "random":
+        assert torch.equal(choose(name, vlm, alone, vlm.encode(alone, METHODS[name].look(vlm)), 9)[0][0], keep[1])
 
 
 @LLAVA
