@@ -1007,8 +1007,10 @@ class FrozenVLM(nn.Module):
         kept = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
         return self._prompt(batch, units, feats, kept)
 
-    def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None) -> Prompt:
-        """The prompt with the kept units only. What stays keeps its original position; nothing is re-indexed.
+    def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None,
+              positions: str = "original") -> Prompt:
+        """The prompt with the kept units only. What stays keeps its original position; positions="reindex" numbers it
+        anew from 0, with M-RoPE on every axis alike, as the released code of most methods does.
         feats (sum of K_b, C) or (sum of K_b, P, C), row after row, stand in place of the kept units' own.
 
         keep[b] holds ascending int64 indices into the units of image b: a (B, K) tensor, or a list of (K_b,)
@@ -1020,7 +1022,11 @@ class FrozenVLM(nn.Module):
         if feats is not None and feats.shape != own.shape:
             raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of the kept units' own, "
                              f"{tuple(own.shape)}")
-        return self._prompt(batch, units, own if feats is None else feats, kept)
+        if positions not in ("original", "reindex"):
+            raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
+        prompt = self._prompt(batch, units, own if feats is None else feats, kept)
+        anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos)
+        return replace(prompt, pos=anew) if positions == "reindex" else prompt
 
     @staticmethod
     def _kept(units: Units, keep, name: str = "keep") -> Tensor:

@@ -318,6 +318,25 @@ def test_prune_takes_other_features(vlm, asked, family):
         vlm.prune(asked, units, keep, own[:5])
 
 
+@torch.no_grad()
+def test_positions_anew_are_those_of_a_text_of_this_length(vlm, images, family):
+    batch = vlm.batch(rows_for(family, images[:1]), [[(QUESTIONS[0], None)]])
+    units = vlm.encode(batch)
+    keep = [units.pad()[1][0].nonzero().flatten()[[1, 4, 7]]]
+    old, new = (vlm.prune(batch, units, keep, positions=how) for how in ("original", "reindex"))
+    states = vlm.lm(inputs_embeds=new.embeds, use_cache=False).last_hidden_state
+    torch.testing.assert_close(vlm.logits(new), vlm.model.lm_head(states), **EXACT)
+    assert torch.equal(old.embeds, new.embeds) and (vlm.logits(new) - vlm.logits(old)).abs().max() > 1e-3
+    embeds, tokens = new.embeds, []                    # and what follows is numbered on
+    while len(tokens) < 6 and not torch.isin(torch.tensor(tokens[-1:]), vlm._ends()).any():
+        states = vlm.lm(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        tokens.append(int(vlm.model.lm_head(states[0, -1]).argmax()))
+        embeds = torch.cat([embeds, vlm.lm.get_input_embeddings()(torch.tensor([tokens[-1:]]))], 1)
+    assert vlm.generate(new, 6) == [vlm.tokenizer.decode(tokens, skip_special_tokens=True).strip()]
+    with pytest.raises(ValueError, match="positions='new': expected 'original' or 'reindex'"):
+        vlm.prune(batch, units, keep, positions="new")
+
+
 # ------------------------------------------------------------------------------------------ planted, twins, by hand
 
 def made(n=6, grid=None, feats=None, **shown):
