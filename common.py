@@ -5,8 +5,10 @@ Only this file knows `transformers`. A selector sees `Units` and answers with in
     vlm    = FrozenVLM.from_pretrained(path)
     batch  = vlm.batch(images, turns)           one image and one dialogue per row, left padded
     units  = vlm.encode(batch)                  frozen vision encoder, before the projector
+    units  = vlm.encode(batch, look)            ... with what else a method wants to see of it, in units.seen
     prompt = vlm.embed(batch, units, feats)     training: every unit, gated by the selector, differentiable
     prompt = vlm.prune(batch, units, keep)      inference: the kept units alone, each at its ORIGINAL position
+    prompt = vlm.prune(batch, units, keep, feats)        ... with other features: tokens that others were merged into
     vlm.loss(prompt), vlm.logits(prompt), vlm.generate(prompt)
     vlm.generate_within(prompt, {layer: rule})  inference: visual tokens leave inside the language model, too
     chat = Chat(vlm, image, units, keep)        inference: chat.ask(question) answers, and remembers
@@ -31,7 +33,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -53,6 +55,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import select_best_resolution
 from transformers.masking_utils import create_causal_mask
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
@@ -68,19 +71,18 @@ class Units:
     image_of  (M,) int64, row of the batch that the unit belongs to, ascending
     grid      (rows, columns) of units, for every image; of one with several views, as if these stood one below another,
               or, where they are not equally wide, as one column
-    cls       (M,) float32 attention of [CLS] to the unit, mean over heads, in the layer that feats leave;
-              None where the adapter has none (has_cls)
     views     of every image, how many views it has; None if each has one
     shapes    (rows, columns) of all views, one image's after another's; None if those of one image are alike
     shown     (M,) bool, False for a unit without a token: padding that LLaVA-NeXT cuts off; None if each has one
+    seen      name -> (M, ...), what encode(look=...) was asked to show besides
     """
     feats: Tensor
     image_of: Tensor
     grid: list[tuple[int, int]]
-    cls: Tensor | None = None
     views: list[int] | None = None
     shown: Tensor | None = None
     shapes: list[tuple[int, int]] | None = None
+    seen: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def counts(self) -> list[int]:
@@ -116,10 +118,11 @@ class Units:
         parts = [(self.image_of == b).nonzero().flatten() for b in owner]
         index, sizes = torch.cat(parts), torch.tensor([len(part) for part in parts])
         image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
-        cls, shown = (None if x is None else x[index] for x in (self.cls, self.shown))
+        shown = None if self.shown is None else self.shown[index]
         views = None if self.views is None else [self.views[b] for b in owner]
         shapes = None if self.shapes is None else sum((_split(self.shapes, self.views)[b] for b in owner), [])
-        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], cls, views, shown, shapes)
+        seen = {name: x[index] for name, x in self.seen.items()}
+        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], views, shown, shapes, seen)
 
     def apart(self) -> "Units":
         """The same units with every view an image of its own: for a selector that chooses in each by itself."""
@@ -270,24 +273,40 @@ class _Past:
     mask: Tensor
     log_size: Tensor | None = None
     shift: Tensor | int = 0
+# Says which tokens of the vision encoder's block i become one: i and its keys, mean over heads, (T, n, d) -> stays
+# (T, n'), the tokens that go on, in their new order, and into (T, n), for every token its place in that order.
+Merge = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 class Adapter(ABC):
-    """What is special to one family. To add a family: subclass this, give it encode() and project(), override what
-    differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning exact.
+    """What is special to one family. To add a family: subclass this, give it encode(), fold() and project(), override
+    what differs, add a line to ADAPTERS, and a tiny model to tests/tiny_models.py, on which the tests prove pruning
+    exact.
 
     processor_class  whose from_pretrained() gives tokenizer, image processor and chat template
     kind             what the chat template calls a picture: "image" or "video"; rows of a video are lists of frames
-    has_cls          whether encode() gives the attention of [CLS]
+    has_cls          whether the vision encoder has a [CLS] token
+    whole, deep      numbers, from 0, of its blocks whose attention spans a view; the last of them that feats go through
+    crops            whether crops of the first view follow it, so that one can look at "crop"
+    unmergeable      why tokens cannot be merged inside the encoder; "" if they can
     side, unit_side  units along a side of a view, 0 at native resolution; pixels along a side of a unit
     """
-    processor_class, kind, has_cls, side = AutoProcessor, "image", False, 0
+    processor_class, kind, has_cls, crops, side = AutoProcessor, "image", False, False, 0
+    unmergeable = "a visual token is made of several patches behind the vision encoder, which all have to arrive there"
 
     def __init__(self, model):
         self.model, self.config, vision = model.model, model.config, model.config.vision_config
         self.width, patch = vision.hidden_size, vision.patch_size
         self.unit_side = self.patch = patch if isinstance(patch, int) else patch[0]
         self.token_id = getattr(self.config, f"{self.kind}_token_id")
+        tower = getattr(self.model, "visual", None) or self.model.vision_tower
+        self.attentions = [part for part in tower.modules() if hasattr(part, "k_proj") or hasattr(part, "qkv")]
+        self.depth = len(self.attentions)              # blocks that feats go through
+        self.whole = list(range(self.depth))
+
+    @property
+    def deep(self) -> int:
+        return max(i for i in self.whole if i < self.depth)
 
     def inputs(self, processor, images: list, text: list[str] | None = None, **how) -> BatchFeature:
         """The processor's tensors of pictures in RGB and, if there is text, of the prompts around them."""
@@ -317,8 +336,57 @@ class Adapter(ABC):
         return batch["pixel_values"]
 
     @abstractmethod
-    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]], Tensor | None]:
-        """feats (M, C) or (M, P, C), (rows, columns) of units in every VIEW, cls (M,) or None."""
+    def encode(self, batch, least: int = 0) -> tuple[Tensor, list[tuple[int, int]], Tensor | None]:
+        """feats (M, C) or (M, P, C), (rows, columns) of units in every VIEW, states (T, C) of [CLS] or None.
+
+        least: blocks that must run, even if feats do not go through them all.
+        """
+
+    @contextmanager
+    def watch(self, layers: set[int]):
+        """Gives a dict: layer -> (x, how), what the attention of these blocks is called with while this is open."""
+        inputs = {}
+
+        def keep(layer):
+            def hook(module, args, how):
+                how = dict(how)
+                inputs[layer] = args[0] if args else how.pop("hidden_states"), how
+            return hook
+        hooks = [self.attentions[i].register_forward_pre_hook(keep(i), with_kwargs=True) for i in layers]
+        try:
+            yield inputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def read(self, what: str, layer: int, x: Tensor, how: dict, batch) -> Tensor:
+        """(M,) or, for keys, (M, d) float32: FrozenVLM.encode() lists them. From the block's input, for fused attention
+        returns no weights; of [CLS], one row is computed, and never more than one head at a time."""
+        what, _, wide = what.partition(" ")
+        parts = []
+        for q, k in self.queries_keys(self.attentions[layer], x, None if what == "keys" else how):
+            if wide:
+                q, k = (part.flatten(2)[:, :, None] for part in (q, k))
+            q, k = q.float(), k.float()
+            if what == "keys":
+                parts.append(k.mean(2))
+                continue
+            q, k = (q[:, :1] if what == "cls" else q).transpose(1, 2) * q.shape[-1] ** -.5, k.permute(0, 2, 3, 1)
+            rows = sum((q[:, h] @ k[:, h]).softmax(-1).mean(1) for h in range(k.shape[1])) / k.shape[1]
+            parts.append(rows[..., None])
+        found = self.fold(torch.cat(parts, 1), batch)
+        return found if what == "keys" else found[:, 0]
+
+    def queries_keys(self, attention, x: Tensor, how: dict | None) -> list[tuple[Tensor, Tensor]]:
+        """q and k (T, n, H, d) of groups of views that see nothing of each other; how None: keys as projected."""
+        q, k = (norm(proj(x)) for norm, proj in (
+            (getattr(attention, "q_norm", nn.Identity()), attention.q_proj),
+            (getattr(attention, "k_norm", nn.Identity()), attention.k_proj)))
+        return [(q.unflatten(-1, (-1, attention.head_dim)), k.unflatten(-1, (-1, attention.head_dim)))]
+
+    @abstractmethod
+    def fold(self, x: Tensor, batch) -> Tensor:
+        """(T, n, d), a value for every token of the encoder in its own order -> (M, d), the mean over each unit's."""
 
     def project(self, feats: Tensor, unit: Tensor) -> Tensor:
         """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
@@ -344,7 +412,7 @@ class Adapter(ABC):
 class LlavaAdapter(Adapter):
     """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
 
-    has_cls = True
+    has_cls, unmergeable = True, ""
 
     def __init__(self, model):
         super().__init__(model)
@@ -360,29 +428,61 @@ class LlavaAdapter(Adapter):
         self.depth = layer if layer > 0 else layers + 1 + layer
         self.side = vision.image_size // vision.patch_size
 
-    def encode(self, batch):
-        """The layers above the feature layer do not run."""
+    def encode(self, batch, least=0):
+        """The layers above the feature layer do not run, unless one of them is looked at."""
         tower = self.model.vision_tower
         x = tower.pre_layrnorm(tower.embeddings(self.tiles(batch)))
-        for block in tower.encoder.layers[:self.depth]:
-            before, x = x, block(x, attention_mask=None)
-        cls = self._cls_row(block, block.layer_norm1(before))
-        return x[:, 1:].flatten(0, 1), [(self.side, self.side)] * len(x), cls.flatten()
+        for i, block in enumerate(tower.encoder.layers[:max(self.depth, least)]):
+            x = block(x, attention_mask=None)
+            if i == self.deep:
+                feats = x
+        return feats[:, 1:].flatten(0, 1), [(self.side, self.side)] * len(feats), feats[:, 0]
 
-    @staticmethod
-    def _cls_row(block, x: Tensor) -> Tensor:
-        """(B, 1 + N, C) normed layer input -> (B, N). Fused attention returns no weights; redo one row."""
-        attention = block.self_attn
-        heads = (attention.num_heads, attention.head_dim)
-        q = attention.q_proj(x[:, 0]).unflatten(-1, heads)                            # (B, H, d)
-        k = attention.k_proj(x).unflatten(-1, heads)                                  # (B, 1 + N, H, d)
-        row = torch.einsum("bhd,bkhd->bhk", q, k) * attention.scale                   # (B, H, 1 + N)
-        return row.softmax(-1, dtype=torch.float32).mean(1)[:, 1:]
+    def fold(self, x, batch):
+        return x[:, 1:].flatten(0, 1)
+
+    def merged(self, batch, rule: Merge) -> tuple[Tensor, Tensor]:
+        """feats (T, K, C) and the units (T, K) they stand at, ascending: encode() with tokens merged in every block,
+        between attention and feed-forward. A merged token is the mean of its patches; to attention it counts as many
+        times as it has patches (ToMe, arXiv:2210.09461, Sections 3 and 3.3). Token 0 is [CLS]."""
+        tower = self.model.vision_tower
+        x = tower.pre_layrnorm(tower.embeddings(self.tiles(batch)))
+        size = x.new_ones(x.shape[:2])
+        anchor = torch.arange(-1, x.shape[1] - 1, device=x.device).expand(len(x), -1)
+        for i, block in enumerate(tower.encoder.layers[:self.depth]):
+            attention, normed = block.self_attn, block.layer_norm1(x)
+            q, k, v = (proj(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+                       for proj in (attention.q_proj, attention.k_proj, attention.v_proj))
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=size.log()[:, None, None])
+            x = x + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+            stays, into = rule(i, k.mean(1))
+            # a product, not a scattered sum: on a GPU that one is added up in another order every time
+            share = F.one_hot(into, stays.shape[1]).transpose(1, 2).to(x) * size[:, None]
+            size, anchor = share.sum(-1), anchor.gather(1, stays)
+            x = share @ x / size[..., None]
+            x = x + block.mlp(block.layer_norm2(x))
+        anchor, order = anchor[:, 1:].sort(dim=1)
+        return x[:, 1:].gather(1, order[..., None].expand(-1, -1, self.width)), anchor
 
 
 class LlavaNextAdapter(LlavaAdapter):
     """LLaVA-NeXT: LLaVA's tower on the whole picture and on crops; the crops' units stand in the prompt as the raster
     of one large picture, without its padding, with a newline behind every row."""
+
+    crops = True
+    unmergeable = "the padding of the crops is cut off behind the vision encoder, patch by patch"
+
+    def crop_of(self, batch) -> Tensor:
+        """(M,) int64: for a unit of a whole picture, the crop, from 0, that shows its middle; -1 for crops' units."""
+        out, side, size = [], self.side, self.config.vision_config.image_size
+        middle = (torch.arange(side) + .5) / side
+        for (h, w), n in zip(batch["image_sizes"].tolist(), self.views(batch)):
+            height, width = select_best_resolution((h, w), self.config.image_grid_pinpoints)
+            scale = min(height / h, width / w)         # the picture fills the crops' canvas in one direction
+            row, column = (((full - scale * x) / 2 + middle * scale * x) // size
+                           for full, x in ((height, h), (width, w)))
+            out += [(row[:, None] * (width // size) + column).flatten(), -torch.ones((n - 1) * side ** 2)]
+        return torch.cat(out).long().to(batch["image_sizes"].device)
 
     def views(self, batch):
         size = self.config.vision_config.image_size
@@ -416,7 +516,7 @@ class ImageOnlyProcessor(ProcessorMixin):
 class InternVLAdapter(Adapter):
     """InternVL3: InternViT on tiles and on the whole picture; a unit is the block of patches of one pixel shuffle."""
 
-    processor_class = ImageOnlyProcessor
+    processor_class, has_cls = ImageOnlyProcessor, True
 
     def __init__(self, model):
         super().__init__(model)
@@ -427,6 +527,7 @@ class InternVLAdapter(Adapter):
                              f"{config.vision_feature_select_strategy!r}: expected one layer, and 'default'")
         self.unit_side = self.patch * self.merge
         self.side = vision.image_size[0] // self.unit_side
+        self.depth = self.layer if self.layer >= 0 else len(self.attentions) + 1 + self.layer
 
     def inputs(self, processor, images, text=None, **how):
         pixels = processor.image_processor(images=images, crop_to_patches=True, return_tensors="pt")
@@ -438,11 +539,18 @@ class InternVLAdapter(Adapter):
     def views(self, batch):
         return batch["num_patches"].tolist()
 
-    def encode(self, batch):
+    def encode(self, batch, least=0):
         found = self.model.vision_tower(self.tiles(batch), output_hidden_states=self.layer != -1)
-        x = (found.last_hidden_state if self.layer == -1 else found.hidden_states[self.layer])[:, 1:]
-        x = x.view(-1, self.side, self.merge, self.side, self.merge, self.width).transpose(2, 3)
-        return x.reshape(-1, self.merge ** 2, self.width), [(self.side, self.side)] * len(x), None
+        x = found.last_hidden_state if self.layer == -1 else found.hidden_states[self.layer]
+        return self._blocks(x), [(self.side, self.side)] * len(x), x[:, 0]
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """(T, 1 + n, d) -> (M, P, d)."""
+        x = x[:, 1:].unflatten(1, (self.side, self.merge, self.side, self.merge)).transpose(2, 3)
+        return x.reshape(-1, self.merge ** 2, x.shape[-1])
+
+    def fold(self, x, batch):
+        return self._blocks(x).mean(1)
 
     def project(self, feats, unit):
         return self.model.multi_modal_projector(feats.flatten(1))
@@ -452,7 +560,7 @@ class LlavaNextVideoAdapter(LlavaAdapter):
     """LLaVA-NeXT-Video on frames: LLaVA's tower, whose patches are pooled, 2x2 to a unit. Still pictures are read as
     videos of one frame, not cropped."""
 
-    processor_class, kind, newlines = ImageOnlyProcessor, "video", 0
+    processor_class, kind, newlines, unmergeable = ImageOnlyProcessor, "video", 0, Adapter.unmergeable
 
     def __init__(self, model):
         super().__init__(model)
@@ -480,11 +588,14 @@ class LlavaNextVideoAdapter(LlavaAdapter):
     def tiles(self, batch):
         return batch["pixel_values"].flatten(0, 1)
 
-    def encode(self, batch):
-        feats, grid, cls = super().encode(batch)
+    def encode(self, batch, least=0):
+        feats, grid, cls = super().encode(batch, least)
         feats = self.model.vision_resampler(feats.view(len(grid), -1, self.width)).flatten(0, 1)
-        cls = F.avg_pool2d(cls.view(-1, 1, self.side, self.side), self.side // self.pooled).flatten()
         return feats, [(self.pooled, self.pooled)] * len(grid), cls
+
+    def fold(self, x, batch):
+        x = x[:, 1:].transpose(1, 2).unflatten(-1, (self.side, self.side))
+        return F.avg_pool2d(x, self.side // self.pooled).flatten(2).transpose(1, 2).flatten(0, 1)
 
 
 class LlavaOnevisionAdapter(LlavaNextVideoAdapter):
@@ -500,6 +611,7 @@ class LlavaOnevisionAdapter(LlavaNextVideoAdapter):
         if not isinstance(self.layer, int) or config.vision_feature_select_strategy != "full":
             raise ValueError(f"LLaVA-OneVision with vision_feature_layer={self.layer}, select strategy "
                              f"{config.vision_feature_select_strategy!r}: expected one layer, and 'full'")
+        self.depth = self.layer if self.layer >= 0 else len(self.attentions) + 1 + self.layer
         self.pooled = -(-self.side // 2)
         self.unit_side = vision.image_size // self.pooled
         # interpolation is linear: of the unit vectors, it gives the weights of all patches in every mixture
@@ -508,9 +620,13 @@ class LlavaOnevisionAdapter(LlavaNextVideoAdapter):
         self.patches = (at[:, None, :, None] * self.side + at[None, :, None, :]).reshape(-1, 4)
         self.weight = (weight[:, None, :, None] * weight[None, :, None, :]).reshape(-1, 4)
 
-    def encode(self, batch):
+    def encode(self, batch, least=0):
         x = self.model.vision_tower(self.tiles(batch), output_hidden_states=True).hidden_states[self.layer]
         return x[:, self.patches].flatten(0, 1), [(self.pooled, self.pooled)] * len(x), None
+
+    def fold(self, x, batch):
+        """The mean is weighted as the projected patches are."""
+        return (x[:, self.patches] * self.weight.to(x)[..., None]).sum(2).flatten(0, 1)
 
     def project(self, feats, unit):
         weight = self.weight.to(feats)[unit % self.pooled ** 2]
@@ -540,6 +656,8 @@ class QwenAdapter(Adapter):
     """Qwen2.5-VL: native resolution; a unit is a block of patches that the merger turns into one token."""
 
     processor_class = ImageOnlyQwenProcessor
+    unmergeable = ("the windows of the vision encoder and its 2x2 merger need every patch; one merge behind them would "
+                   "be another method")
 
     def __init__(self, model):
         super().__init__(model)
@@ -548,14 +666,29 @@ class QwenAdapter(Adapter):
         self.unit_side = vision.patch_size * self.merge
         self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
                            patch_size=vision.patch_size)
+        self.whole = sorted(vision.fullatt_block_indexes)
 
-    def encode(self, batch):
+    def encode(self, batch, least=0):
         grid = batch["image_grid_thw"]
-        feats = self.model.visual(batch["pixel_values"], grid_thw=grid).last_hidden_state
-        # the encoder leaves its blocks in the order of its attention windows; selectors expect raster order
-        window, _ = get_vision_window_index(grid, **self.window)
-        feats = feats.view(-1, self.merge ** 2, self.width)[window.to(feats.device).argsort()]
+        feats = self._raster(self.model.visual(batch["pixel_values"], grid_thw=grid).last_hidden_state, batch)
         return feats, [(h // self.merge, w // self.merge) for _, h, w in grid.tolist()], None
+
+    def _raster(self, x: Tensor, batch) -> Tensor:
+        """(n, d) of all patches -> (M, P, d). The encoder leaves its blocks in the order of its attention windows;
+        selectors expect raster order."""
+        window, _ = get_vision_window_index(batch["image_grid_thw"], **self.window)
+        return x.view(-1, self.merge ** 2, x.shape[-1])[window.to(x.device).argsort()]
+
+    def queries_keys(self, attention, x, how):
+        q, k, _ = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        if how is None:
+            return [(q[None], k[None])]
+        q, k = apply_rotary_pos_emb_vision(q, k, *how["position_embeddings"])
+        sizes = how["cu_seqlens"].diff().tolist()
+        return [(q[None], k[None]) for q, k in zip(q.split(sizes), k.split(sizes))]
+
+    def fold(self, x, batch):
+        return self._raster(x[0], batch).mean(1)
 
     def pixels(self, batch):
         grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
@@ -880,9 +1013,59 @@ class FrozenVLM(nn.Module):
         return given[0].to(batch["input_ids"].device), given[1].to(batch["input_ids"].device)
 
     @torch.no_grad()
-    def encode(self, batch) -> Units:
-        """Run the vision encoder once; the projector does not run."""
-        feats, grid, cls = self.adapter.encode(batch)
+    def encode(self, batch, look: dict[str, tuple[str, int]] | None = None) -> Units:
+        """Run the vision encoder once; the projector does not run unless it is looked at.
+
+        look: name -> (what, layer), what Units.seen[name] is to hold of this very run, with any attention kernel.
+        layer: a block of the encoder, from 0, one of adapter.whole. Of a unit's patches it is the mean. what, float32
+        but for the last three:
+          cls, received            (M,) attention that the unit gets of [CLS], or of all tokens of its view: mean over
+                                   heads (and tokens), softmax over all tokens of the view
+          keys                     (M, d) mean over heads, before any rotation
+          cls wide, received wide, keys wide          the same where all heads are one of full width
+          projected, cls state     (M, D) from the projector, (M, C) what [CLS] of the unit's view is beside feats
+          crop                     (M,) int64, LLaVA-NeXT's crop_of(); for these three the layer is of no meaning
+        Raises ValueError on one that this encoder does not have.
+        """
+        look, other = look or {}, ("projected", "cls state", "crop")
+        layers = {layer for what, layer in look.values() if what not in other}
+        self._check_look(look, layers)
+        with self.adapter.watch(layers) as inputs:
+            feats, grid, cls = self.adapter.encode(batch, max(layers, default=-1) + 1)
+        units = self._units(batch, feats, grid)
+        for name, (what, layer) in look.items():
+            if what == "projected":
+                units.seen[name] = self.project(feats)
+            elif what == "cls state":
+                units.seen[name] = cls[units.apart().image_of]
+            elif what == "crop":
+                units.seen[name] = self.adapter.crop_of(batch)
+            else:
+                units.seen[name] = self.adapter.read(what, layer, *inputs[layer], batch)
+        return units
+
+    def _check_look(self, look, layers: set[int]) -> None:
+        known = [f"{what}{wide}" for what in ("cls", "received", "keys") for wide in ("", " wide")]
+        known += ["projected", "cls state", "crop"]
+        for name, (what, _) in look.items():
+            if what not in known:
+                raise ValueError(f"look[{name!r}] asks for {what!r}: expected one of {', '.join(known)}")
+            if what.startswith("cls") and not self.adapter.has_cls or what == "crop" and not self.adapter.crops:
+                raise ValueError(f"look[{name!r}]: the vision encoder of {self.family} has no {what!r}")
+        if wrong := layers - set(self.adapter.whole):
+            raise ValueError(f"block {min(wrong)} of the vision encoder cannot be looked at: expected one of "
+                             f"{self.adapter.whole}, whose attention spans a whole view")
+
+    @torch.no_grad()
+    def merged(self, batch, rule: Merge) -> tuple[Tensor, Tensor]:
+        """feats (B, K, C), anchor (B, K): the vision encoder run with tokens merged by the rule in every block; anchor
+        is the unit where a merged token stands. Raises ValueError, with the reason, where that cannot be done."""
+        if self.adapter.unmergeable:
+            raise ValueError(f"{self.family} cannot merge inside its vision encoder: {self.adapter.unmergeable}")
+        return self.adapter.merged(batch, rule)
+
+    def _units(self, batch, feats: Tensor, grid) -> Units:
+        """Units of what the adapter encoded."""
         views, slots, shown, shapes = self.adapter.views(batch), self.adapter.slots(batch), None, None
         if "image_counts" in batch:
             counts = batch["image_counts"].tolist()
@@ -895,7 +1078,7 @@ class FrozenVLM(nn.Module):
         image_of = torch.arange(len(grid)).repeat_interleave(torch.tensor([r * c for r, c in grid]))
         if slots is not None:
             shown = torch.isin(torch.arange(len(feats), device=feats.device), slots[0].to(feats.device))
-        return Units(feats, image_of.to(feats.device), grid, cls, views, shown, shapes)
+        return Units(feats, image_of.to(feats.device), grid, views, shown, shapes)
 
     def pixels(self, batch) -> list[Tensor]:
         """The pictures as the encoder sees them, (3, H, W) each: normalised, at the size that the units cover. Several
@@ -920,15 +1103,26 @@ class FrozenVLM(nn.Module):
         kept = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
         return self._prompt(batch, units, feats, kept)
 
-    def prune(self, batch, units: Units, keep: Tensor | list[Tensor]) -> Prompt:
-        """The prompt with the kept units only. What stays keeps its original position; nothing is re-indexed.
+    def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None,
+              positions: str = "original") -> Prompt:
+        """The prompt with the kept units only. What stays keeps its original position; positions="reindex" numbers it
+        anew from 0, with M-RoPE on every axis alike, as the released code of most methods does.
+        feats (sum of K_b, C) or (sum of K_b, P, C), row after row, stand in place of the kept units' own.
 
         keep[b] holds ascending int64 indices into the units of image b: a (B, K) tensor, or a list of (K_b,)
         tensors; K = 0 leaves no visual token. A newline stays if and only if a unit of its line does. Raises
         ValueError when keep does not fit the units, or names one that is not shown.
         """
         kept = self._kept(units, keep)
-        return self._prompt(batch, units, units.feats[kept], kept)
+        own = units.feats[kept]
+        if feats is not None and feats.shape != own.shape:
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of the kept units' own, "
+                             f"{tuple(own.shape)}")
+        if positions not in ("original", "reindex"):
+            raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
+        prompt = self._prompt(batch, units, own if feats is None else feats, kept)
+        anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos)
+        return replace(prompt, pos=anew) if positions == "reindex" else prompt
 
     @staticmethod
     def _kept(units: Units, keep, name: str = "keep") -> Tensor:
@@ -1181,14 +1375,14 @@ class FrozenVLM(nn.Module):
         if empty := [b for b, n in enumerate(counts) if n and not len(keep[b])]:
             raise ValueError(f"{name}[{empty[0]}] is empty: expected at least one of {counts[empty[0]]} visual tokens")
         left = prompt.only(prompt.mask.bool().masked_scatter(visual, kept))
-        for field, values in changes.items():
+        for column, values in changes.items():
             if [len(x) for x in values] != [len(x) for x in keep]:
-                raise ValueError(f"{name} has {field} for {[len(x) for x in values]} tokens: expected one for each "
+                raise ValueError(f"{name} has {column} for {[len(x) for x in values]} tokens: expected one for each "
                                  f"that it keeps, {[len(x) for x in keep]}")
-            old, values = getattr(left, field), torch.cat(list(values))
+            old, values = getattr(left, column), torch.cat(list(values))
             old = values.new_zeros(left.mask.shape) if old is None else old
             where = left.is_visual[..., None] if values.ndim > 1 else left.is_visual
-            left = replace(left, **{field: old.masked_scatter(where, values.to(old))})
+            left = replace(left, **{column: old.masked_scatter(where, values.to(old))})
         return left
 
     def _check_layers(self, wanted, first: int) -> None:

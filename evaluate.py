@@ -22,7 +22,24 @@ from transformers import HfArgumentParser
 import autoselect
 import recon_selector
 import stepprune
-from baselines import cls_attention, dart, fastv, pact, pdrop, random, sparsevlm
+from baselines import (
+    cdpruner,
+    cls_attention,
+    dart,
+    divprune,
+    fastv,
+    hiprune,
+    hired,
+    holov,
+    pact,
+    pdrop,
+    prumerge,
+    prunesid,
+    random,
+    sparsevlm,
+    tome,
+    visionzip,
+)
 from benchmarks import rebuild, scenes
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table, token_budget
 from common import FrozenVLM, Units
@@ -35,7 +52,9 @@ PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.
                             "global_denoiser": (95.9, 95.0, 92.7)},
              "recon": {},
              "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
-BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
+BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
+             "holov": holov, "prunesid": prunesid, "cdpruner": cdpruner, "visionzip": visionzip, "prumerge": prumerge,
+             "prumerge+": prumerge, "tome": tome}
 # name -> module and more of its stages(); those that drop in stages count K on average over layers, or after the last
 INSIDE = {"fastv": (fastv, {}), "dart": (dart, {}), "pact": (pact, {}), "pdrop": (pdrop, {}),
           "pdrop_last": (pdrop, {"count": "last"}), "sparsevlm": (sparsevlm, {}),
@@ -49,9 +68,10 @@ class EvalConfig:
         "help": "run folders [the latest in runs/]; several (seeds) give one line each, then mean and spread"})
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
-        "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most; "
-                "inside the language model fastv, dart, pact, pdrop, sparsevlm, sparsevlm_plus, of the last three also "
-                "..._last, whose K is the number after the last stage and not the mean over layers"})
+        "help": f"baselines beside the runs: {', '.join([*BASELINES, *INSIDE])}; K of ..._last is the number after the "
+                "last stage, not the mean over layers; evidence keeps what covers the asked things most; all of them: all"})
+    positions: str = option("original", "of the tokens that are kept; reindex: numbered anew, as the released code of "
+                                        "most rivals does", choices=["original", "reindex"])
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
@@ -77,17 +97,19 @@ class Asked(NamedTuple):
     """Q questions about B pictures: all that a selection may read, and the evidence it is judged by.
 
     pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
-    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer
+    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer | merged: FrozenVLM.merged() of pictures
     """
     pictures: Units
     owner: list[int]
     units: Units
     question: tuple
     evidence: list
+    merged: Callable | None = None
 
 
 class Selector(NamedTuple):
-    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture.
+    """select(asked, K) -> one keep a question, or (these, features in place of the kept units' own). each: a selection
+    per question, not one per picture. look: what encode() has to show it.
 
     layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
     question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
@@ -98,6 +120,7 @@ class Selector(NamedTuple):
     layer: int | None = None
     budgets: tuple | None = None
     stages: Callable | None = None
+    look: dict = {}
 
 
 class Hit(NamedTuple):
@@ -111,12 +134,33 @@ class Hit(NamedTuple):
     seen: tuple | None = None
 
 
-def per_picture(select) -> Selector:
+def for_all(owner: list[int], found):
+    """What was chosen for each picture -> the same for each question."""
+    if isinstance(found, tuple):
+        keep, feats = found
+        parts = feats.split([len(k) for k in keep])
+        return [keep[b] for b in owner], torch.cat([parts[b] for b in owner])
+    return [found[b] for b in owner]
+
+
+def per_picture(select, look: dict | None = None) -> Selector:
     """A selection that knows no question serves all of a picture's. select(units, K) -> one keep a picture."""
-    def chosen(asked, k):
-        keep = select(asked.pictures, k)
-        return [keep[b] for b in asked.owner]
-    return Selector(chosen, each=False)
+    return Selector(lambda asked, k: for_all(asked.owner, select(asked.pictures, k)), each=False, look=look or {})
+
+
+def rival(name: str, vlm) -> Selector:
+    """A baseline of BASELINES. Raises ValueError, with the reason, if it cannot serve this backbone."""
+    module = BASELINES[name]
+    look = module.look(vlm)
+    if name == "cdpruner":
+        return Selector(lambda asked, k: cdpruner.select(asked.units, k, question=asked.question), look=look)
+    if name == "tome":
+        blocks = vlm.adapter.deep + 1
+        return Selector(lambda asked, k: for_all(asked.owner, tome.select(
+            asked.pictures, k, tower=asked.merged, blocks=blocks)), each=False, look=look)
+    if name == "prumerge+":
+        return per_picture(lambda units, k: prumerge.select(units, k, plus=True), look)
+    return per_picture(module.select, look)
 
 
 def evidence_of(rows, units) -> list[torch.Tensor]:
@@ -152,17 +196,18 @@ def prompts(vlm, part, twice: bool = False):
 
 
 @torch.no_grad()
-def ask(vlm, part, clock=None, twice=False) -> tuple[Asked, dict]:
+def ask(vlm, part, clock=None, twice=False, look=None) -> tuple[Asked, dict]:
     """The questions of some rows as Asked, and as the batch that the VLM answers; twice: before the image too."""
     owner = [b for b, row in enumerate(part) for _ in row.questions]
     pixels, batch = vlm.pictures([row.image for row in part]), prompts(vlm, part, twice)
     with (clock or Clock(vlm.device))("vision", len(part)):
-        units = vlm.encode(pixels)
-    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
+        units = vlm.encode(pixels, look)
+    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units),
+                 lambda rule: vlm.merged(pixels, rule)), batch
 
 
 @torch.no_grad()
-def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict, Clock]:
+def measure(vlm, selectors: dict, rows, budgets, batch: int = 32, positions: str = "original") -> tuple[dict, Clock]:
     """Answer all questions with all tokens and with each selector's K -> ({(name, K): list of Hit}, clock).
 
     selectors: name -> Selector, or an AutoSelect module, whose gate then drowns tokens instead of removing them. The
@@ -170,11 +215,12 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     """
     results, clock = {}, Clock(vlm.device)
     torch.manual_seed(0)                               # of a random scorer and of the noise in a gate
+    look = {name: what for s in selectors.values() for name, what in getattr(s, "look", {}).items()}
     turns = [("vanilla", 0), *((name, k) for name, s in selectors.items()
                                for k in getattr(s, "budgets", None) or budgets)]
     for start in tqdm(range(0, len(rows), batch), "evaluate"):
         part = rows[start:start + batch]
-        asked, questions = ask(vlm, part, clock)
+        asked, questions = ask(vlm, part, clock, look=look)
         inside = any(getattr(s, "layer", None) is not None for s in selectors.values())
         doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
@@ -182,7 +228,7 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
             feats, keep, seen, selector = None, None, None, selectors.get(name)
             if getattr(selector, "layer", None) is not None or getattr(selector, "stages", None):
                 answers, keep, seen = within(vlm, questions if selector.stages else doubled, asked.units, selector,
-                                             name, budget, clock, start < 4 * batch)
+                                             name, budget, clock, start < 4 * batch, positions)
             else:
                 with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
                     if isinstance(selector, torch.nn.Module):                # Figure 5: drowned, not removed
@@ -191,7 +237,9 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
                         feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
                     elif selector:
                         keep = selector.select(asked, budget)
-                prompt = vlm.prune(questions, asked.units, keep) if keep else vlm.embed(questions, asked.units, feats)
+                        keep, feats = keep if isinstance(keep, tuple) else (keep, None)
+                prompt = (vlm.prune(questions, asked.units, keep, feats, positions) if keep else
+                          vlm.embed(questions, asked.units, feats))
                 answers = vlm.generate(prompt, max_new_tokens=4)
                 if start < 4 * batch:                  # the share that prefill has, on the first batches
                     with clock(f"prefill {name} {budget}", len(gold)):
@@ -204,7 +252,8 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     return results, clock
 
 
-def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock, timed: bool) -> tuple:
+def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock, timed: bool,
+           positions: str = "original") -> tuple:
     """Answers of a selection inside the language model, the indices of what it kept to the end, or None, and each
     question's token_budget(), None for one that is none of the rivals; timed: and the time of its prefill."""
     kept, prompt, depth = {}, vlm.embed(batch, units), len(vlm.lm.layers)
@@ -225,10 +274,10 @@ def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Cloc
             return found
         return watch
     stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
-    answers = vlm.generate_within(prompt, stages, max_new_tokens=4)
+    answers = vlm.generate_within(prompt, stages, max_new_tokens=4, positions=positions)
     if timed:
         with clock(f"prefill {name} {budget}", len(units.grid)):
-            vlm.generate_within(prompt, stages, max_new_tokens=1)
+            vlm.generate_within(prompt, stages, max_new_tokens=1, positions=positions)
     if not stages:
         with clock(f"select {name} {budget}", len(units.grid)):      # nothing is selected, in no time
             pass
@@ -418,6 +467,7 @@ def look(selector, units, question, k: int, biases: dict | None, most: int | Non
 def check(cfg: EvalConfig) -> tuple[list[str], str]:
     """The runs to evaluate and their model. Raises before anything is loaded."""
     known = [*BASELINES, *INSIDE, "evidence"]
+    cfg.methods = known if cfg.methods == ["all"] else cfg.methods
     if unknown := set(cfg.methods) - {*known}:
         raise ValueError(f"methods={sorted(unknown)}: known are {known}")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
@@ -444,7 +494,7 @@ def at_depth(layers: tuple, depth: int) -> tuple:
     return tuple(found)
 
 
-def rival(vlm, name: str, budgets) -> Selector:
+def rival_inside(name: str, vlm, budgets) -> Selector:
     """A rival inside the language model, at the budgets that its schedule can have; the others are printed."""
     (module, how), depth, possible = INSIDE[name], len(vlm.lm.layers), []
     layers = at_depth(module.LAYERS, depth)
@@ -489,13 +539,13 @@ def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
 
 def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
     """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
-    baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
-                 **{name: per_picture(select) for name, select in BASELINES.items()},
-                 **{name: rival(vlm, name, cfg.budgets) for name in INSIDE if name in cfg.methods}}
-    selectors = {name: baselines[name] for name in cfg.methods
-                 if name != "cls_attention" or vlm.adapter.has_cls}
-    for name in set(cfg.methods) - set(selectors):
-        print(f"{name}: left out, this vision encoder gives no attention of [CLS]")
+    selectors = {}
+    for name in cfg.methods:
+        try:
+            selectors[name] = (Selector(lambda asked, k: oracle(asked.evidence, k)) if name == "evidence" else
+                               rival_inside(name, vlm, cfg.budgets) if name in INSIDE else rival(name, vlm))
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
     groups = {}
     for name, (selector, config) in trained.items():
         more = kinds_of(cfg, selector, config, biases[name])
@@ -526,7 +576,7 @@ def main(args=None) -> list[dict]:
     biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
     rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
-    results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
+    results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch, cfg.positions)
     lines = summarise(results, clock)
     for label, names in groups.items():
         lines += spread(lines, names, label)
