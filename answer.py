@@ -25,11 +25,11 @@ from benchmarks.batches import oblong
 from benchmarks.folder import open_picture
 from benchmarks.speed import Clock
 from common import Chat, FrozenVLM, Units
-from evaluate import BASELINES, bias_of, check, crop_by_crop, draw_views, longest
+from evaluate import BASELINES, INSIDE, bias_of, check, crop_by_crop, draw_views, longest
 from stepprune import StepPrune
 from train import load_run, option, write_whole
 
-# those that choose once for all questions, and merge nothing into what they keep
+# those that choose before the language model, once for all questions, and merge nothing into what they keep
 PLAIN = [name for name in BASELINES if name not in ("cdpruner", "visionzip", "prumerge", "prumerge+", "tome")]
 
 
@@ -156,7 +156,7 @@ def table(lines: list[dict]) -> str:
 def opened(cfg: AnswerConfig) -> list:
     """The pictures. Raises ValueError for what can be seen to be wrong before anything is loaded."""
     if not cfg.image or not cfg.budgets or min(*cfg.budgets, cfg.max_new_tokens) < 1 or {
-            *cfg.methods} & ({*BASELINES, "evidence"} - {*PLAIN}):
+            *cfg.methods} & ({*BASELINES, *INSIDE, "evidence"} - {*PLAIN}):
         raise ValueError(f"image={cfg.image}, budgets={cfg.budgets}, max_new_tokens={cfg.max_new_tokens}, methods="
                          f"{cfg.methods}: expected a picture file, numbers from 1, and methods of {PLAIN}")
     try:

@@ -69,7 +69,7 @@ class EvalConfig:
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
         "help": f"baselines beside the runs: {', '.join([*BASELINES, *INSIDE])}; K of ..._last is the number after the "
-                "last stage, not the mean over layers; evidence keeps what covers the asked things most; all of them: all"})
+                "last stage, not the mean over layers; evidence keeps what covers the asked things most; all: each"})
     positions: str = option("original", "of the tokens that are kept; reindex: numbered anew, as the released code of "
                                         "most rivals does", choices=["original", "reindex"])
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")

@@ -1,7 +1,7 @@
 """ToMe (arXiv:2210.09461): tokens merge inside the vision encoder, some in every block, until K are left.
 
 Bipartite soft matching (Section 3) of the keys, mean over heads: tokens alternate between two sets, each of the first
-has one partner in the second, the r most similar pairs merge. What proportional attention adds is in common.py, which
+has one partner in the second, the r most similar pairs merge. What proportional attention adds is in common/, which
 runs the encoder. A merged token stands at the place of its member that was in the second set all along.
 
 The paper names no r for a fixed K in a language model: N - K is spread evenly over the blocks [ours].

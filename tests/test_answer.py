@@ -141,6 +141,7 @@ def test_what_cannot_work_is_said_before_anything_is_answered(photo, tmp_path, m
             ([*asked, TURNS[0], "--budgets", "0"], ValueError, "numbers from 1"),
             ([*asked, TURNS[0], "--methods", "evidence"], ValueError, r"methods of \['random', 'cls_attention'"),
             ([*asked, TURNS[0], "--methods", "tome"], ValueError, r"methods of \['random', 'cls_attention'"),
+            ([*asked, TURNS[0], "--methods", "fastv"], ValueError, r"methods of \['random', 'cls_attention'"),
             ([*asked, TURNS[0], "--methods", "best"], ValueError, r"methods=\['best'\]: known are"),
             ([*asked, TURNS[0], "--run", str(tmp_path)], FileNotFoundError, "holds no finished run"),
             ([*asked, "how many ?", "--model", other], ValueError, "was trained for another backbone")]:
