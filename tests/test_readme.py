@@ -82,6 +82,15 @@ def test_every_make_target_exists(command):
     subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
+def test_what_is_said_of_the_rivals_is_backed_by_tests():
+    page = (ROOT / "baselines/README.md").read_text()
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+    assert len(named) > 15 and not [name for name in named if f"def {name}(" not in written]
+    files = {path.name for path in (ROOT / "baselines").glob("*.py")} - {"__init__.py"}
+    assert files == set(re.findall(r"^\| (\w+\.py) ", page, re.M))
+
+
 def test_imports_only_point_down():
     """Floors: methods, baselines, common, pictures, tiny; benchmarks and stepprune; train, evaluate, answer."""
     ground = {"autoselect", "recon_selector", "baselines", "common", "pictures", "tiny"}
