@@ -2,8 +2,8 @@
 
 import string
 
-from benchmarks.questions import picture, table
-from benchmarks.vqa import SHORT, Questions, column, most_tokens, report
+from benchmarks.questions import table
+from benchmarks.vqa import SHORT, Questions, column, most_tokens, report, shown
 
 NAME, MAIN = "GQA", "accuracy"
 HUBS = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
@@ -25,7 +25,7 @@ def load(path=None, split: str | None = None, family: str = "llava") -> Question
         raise ValueError(f"{PICTURES} lacks {len(missing)} pictures that questions are about, such as "
                          f"{missing[0]!r}: expected both tables of the same split")
     return Questions(data, column(data, "id"), lambda row: (prompt(row), {"answer": row["answer"]}),
-                     most_tokens(family, 16), lambda i: [picture(pictures[place[asked[i]]]["image"])])
+                     most_tokens(family, 16), lambda i: [shown(pictures, place[asked[i]])])
 
 
 def score(rows: list[dict], lenient: bool = False) -> dict:

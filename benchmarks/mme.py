@@ -45,7 +45,7 @@ def score(rows: list[dict]) -> dict:
 
     A category scores 100 (acc + acc+): right answers / questions, and pictures with both right / pictures. A picture of
     which `rows` has one question only has not both right; half_pairs counts such.
-    Raises ValueError for no rows, an id that comes twice, an unknown category, a third question about one picture.
+    Raises ValueError as vqa.checked() does, for an unknown category, and for a third question about a picture.
     """
     pairs, unmatched = {}, 0
     for row in checked(rows):

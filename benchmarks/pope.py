@@ -36,7 +36,7 @@ def score(rows: list[dict]) -> dict:
     of each. f1, the mean of three, is what the papers print.
 
     unmatched is 0, for every answer is read as one of the two; without_yes_or_no counts those read as a yes for want of
-    a no, with no "yes" in them. Raises ValueError for no rows, an id that comes twice, a label that is neither.
+    a no, with no "yes" in them. Raises ValueError as vqa.checked() does, and for a label that is neither.
     """
     tables, neither = {}, 0
     for row in checked(rows):

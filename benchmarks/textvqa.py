@@ -13,7 +13,7 @@ WITH_OCR = ("llava", "llava_next")                     # the families whose tabl
 
 def prompt(row: dict, ocr: bool) -> str:
     """LLaVA's: first letter up, the rest lower; the line of the OCR stays where it found nothing."""
-    line = f"\nReference OCR token: {', '.join(row['ocr_tokens'])}" if ocr else ""
+    line = f"\nReference OCR token: {', '.join(row['ocr_tokens'] or [])}" if ocr else ""
     return row["question"].capitalize() + line + SHORT
 
 

@@ -33,6 +33,6 @@ def score(rows: list[dict]) -> dict:
 
 def submission(rows: list[dict], path) -> None:
     """Writes answers to test for EvalAI's challenge 2185: [{"image", "answer"}]. It wants all 8,000.
-    Raises ValueError for no rows and for an id that comes twice."""
+    Raises ValueError as vqa.checked() does."""
     Path(path).write_text(json.dumps([{"image": row["id"].removesuffix(".jpg") + ".jpg",
                                        "answer": normalise_m4c(row["answer"])} for row in checked(rows)]))

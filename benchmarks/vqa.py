@@ -60,7 +60,14 @@ class Questions(Sequence):
         return Question(self.ids[i], partial(self.show or self._pictures, i), prompt, gold, self.limit)
 
     def _pictures(self, i: int) -> list:
-        return [picture(self.data[i]["image"])]
+        return [shown(self.data, i)]
+
+
+def shown(data: Dataset, i: int):
+    """The picture of row i, a PIL.Image. Raises ValueError where there is none, or none that can be opened."""
+    if not (cell := data[i]["image"]):
+        raise ValueError(f"row {i} has no picture in its column image")
+    return picture(cell)
 
 
 def column(data: Dataset, name: str) -> list:
@@ -78,8 +85,8 @@ def unique(ids) -> list:
 
 
 def most_tokens(family: str, n: int) -> int:
-    """n new tokens for LLaVA; others are likelier to answer in a sentence and get 32 at least [ours]."""
-    return n if family.startswith("llava") else max(n, 32)
+    """n new tokens; Qwen answers in sentences more often and gets 32 at least [ours]."""
+    return max(n, 32) if family.startswith("qwen") else n
 
 
 # --------------------------------------------------------------------------------------------------------- scoring
@@ -89,7 +96,7 @@ def report(rows: list[dict], compare: Callable, main: str, group: Callable | Non
 
     rows: {"id", "answer", "gold", ...}, the right answers as gold["answers"] or gold["answer"]
     group: gold -> name of the part that the row also counts in, None for none; parts follow main, sorted
-    Raises ValueError for no rows, for an id that comes twice, and for a row that nothing is known to be right of.
+    Raises ValueError as checked() does, and for a row that has nothing to compare with.
     """
     points, parts = [], {}
     for row in checked(rows):
@@ -106,9 +113,12 @@ def report(rows: list[dict], compare: Callable, main: str, group: Callable | Non
 
 
 def checked(rows: list[dict]) -> list[dict]:
-    """The rows. Raises ValueError where there are none, or for an id that comes twice."""
+    """The rows. Raises ValueError where there are none, for one that is not whole, or an id that comes twice."""
     if not rows:
         raise ValueError("no rows: expected at least one answered question")
+    for i, row in enumerate(rows):
+        if not isinstance(row.get("answer"), str) or not isinstance(row.get("gold"), dict) or "id" not in row:
+            raise ValueError(f"row {i} is {str(row)[:100]}: expected an id, an answer that is a text, and a gold")
     unique(row["id"] for row in rows)
     return rows
 

@@ -19,7 +19,7 @@ def prompt(row: dict) -> str:
 def load(path=None, split: str | None = None, family: str = "llava") -> Questions:
     """The questions in the file's order; validation, or testdev or test, which can only be submitted.
     Raises as table() does, ValueError for an id that comes twice."""
-    labels = ("answers", "answer_type") if (split or SPLIT) == SPLIT else ()
+    labels = ("answers", "answer_type") if split not in ("testdev", "test") else ()
     data = table(HUBS, path, CONFIG, split or SPLIT, ("question_id", "question", "image", *labels))
 
     def ask(row):
@@ -38,7 +38,7 @@ def submission(rows: list[dict], path, every: Iterable | None = None) -> None:
 
     every: the ids of all 447,793 questions of test, such as load(split="test").ids: the server takes no file that lacks
     one, so those without a row get an empty answer. Not given, only the rows are written.
-    Raises ValueError for no rows, an id that comes twice, and a row whose id is none of `every`.
+    Raises ValueError as vqa.checked() does, and for a row whose id is none of `every`.
     """
     answers = {str(row["id"]): normalise_m4c(row["answer"]) for row in checked(rows)}
     every = list(answers) if every is None else unique(map(str, every))
