@@ -83,10 +83,11 @@ def describe(data) -> str:
 
 # --------------------------------------------------------------------------------------------------- where it lies
 
-def hub(name: str, ask):
-    """What ask(id, file) says of the first of the ids that there is. Raises as open_source does."""
+def hub(name: str, ask, hubs=None):
+    """What ask(id, file) says of the first of the hubs, SOURCES[name]'s if None, that there is. Raises as open_source
+    does."""
     failed, copy = [], "or give the path of a local copy"
-    for repo, file in SOURCES[name].hubs:
+    for repo, file in hubs or SOURCES[name].hubs:
         try:
             return ask(repo, file)
         except Exception as error:                     # each library on the way has its own
