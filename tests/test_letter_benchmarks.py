@@ -80,7 +80,8 @@ def test_an_option_within_another_names_both():
     ("A. x B. y", None, "A"),                          # it looks for ' B ' alone to find the last, so the first stays
     ("A,.", None, None),                               # the comma is stripped before the period
     ("I think that it is a cat", "B", "B"), ("it is a cat", None, None),       # text only in more than five words
-    ("maybe a cat or maybe a dog here", "A", "A"),     # of several the last
+    ("it is not a dog", None, None), ("it is not yet a dog", "A", "A"),
+    ("a dog or a cat or a dog", "A", "A"), ("a cat or a dog or a cat", "B", "B"),  # of several the last
     ("", None, None), ("E", None, None), ("neither", None, None)])
 def test_mmmus_letter_without_its_random_choice(answer, strict, loose):
     options = ["a dog", "a cat", "a cow", "a hen"]
@@ -168,6 +169,13 @@ def test_mmbench_cn_and_the_legacy_file(tmp_path):
     folder = mmbench_file(tmp_path, rotations(7, ["猫", "狗"], "B"), language="cn")
     assert mmbench_cn.load(folder)[0].prompt == "What is it?\nA. 猫\nB. 狗\n请直接回答选项字母。"
     assert len(mmbench.load(folder / "cn/dev-00000-of-00001.parquet", legacy=True)) == 2
+    mmbench_file(tmp_path, rotations(7, ["cat", "dog"], "A"))
+    assert mmbench.load(folder)[0].prompt == "What is it?\nA. cat\nB. dog" + LETTER
+    with pytest.raises(ValueError, match="'dev' several times"):               # of no language, where there are two
+        mmbench.load(folder, legacy=True)
+    with pytest.raises(ValueError, match="no column 'hint'.* expected the columns of lmms-lab-encoder/MMBench_EN"):
+        mmbench.load(jsonl(tmp_path / "dev.jsonl", [dict.fromkeys({*mmbench.COLUMNS, "answer"} - {"hint"}, "1")]),
+                     legacy=True)
     with pytest.raises(ValueError, match="language='de': expected en or cn"):
         mmbench.load(folder, language="de")
 
