@@ -105,12 +105,14 @@ def by_letter(reader: Callable) -> Callable:
 def judged(rows, right: Callable) -> list[bool | None]:
     """right(answer, gold) of every row, None where no answer could be read.
 
-    Raises ValueError for no rows, an id twice, or a gold without an answer.
+    Raises ValueError for no rows, one that is not whole, an id twice, or a gold whose answer is not known.
     """
     seen = set()
     if not rows:
         raise ValueError("no rows to score: expected those of a predictions file")
-    for row in rows:
+    for i, row in enumerate(rows):
+        if "id" not in row or not isinstance(row.get("answer"), str) or not isinstance(row.get("gold"), dict):
+            raise ValueError(f"row {i} is {str(row)[:100]}: expected an id, an answer that is a text, and a gold")
         if row["id"] in seen:
             raise ValueError(f"the id {row['id']!r} stands twice among the {len(rows)} rows: expected one answer each")
         seen.add(row["id"])

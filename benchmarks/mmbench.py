@@ -47,6 +47,11 @@ def question(i, row, data, copies, language, family) -> Question:
     return Question(str(index), shown(data, i, "image"), prompt, gold, limit(16, family))
 
 
+def group(row) -> tuple[str, int]:
+    """("", the number that a question's copies share): what is right or wrong as one, and drawn as one."""
+    return "", row["gold"]["index"] % ROUND
+
+
 def score(rows) -> dict[str, float | int]:
     """circular: % of the questions whose copies are all answered right. plain: % of the questions in their first order.
 
@@ -54,10 +59,10 @@ def score(rows) -> dict[str, float | int]:
     """
     hits, groups = judged(rows, by_letter(read)), {}
     for row, hit in zip(rows, hits):
-        groups.setdefault(row["gold"]["index"] % ROUND, []).append((row["gold"], bool(hit)))
-    whole = {base: len(group) == group[0][0]["copies"] for base, group in groups.items()}
-    plain = [hit for group in groups.values() for gold, hit in group if gold["index"] < ROUND]
-    return {"circular": percent([whole[base] and all(hit for _, hit in group) for base, group in groups.items()]),
+        groups.setdefault(group(row), []).append((row["gold"], bool(hit)))
+    whole = {base: len(copies) == copies[0][0]["copies"] for base, copies in groups.items()}
+    plain = [hit for copies in groups.values() for gold, hit in copies if gold["index"] < ROUND]
+    return {"circular": percent([whole[base] and all(hit for _, hit in copies) for base, copies in groups.items()]),
             "plain": percent(plain) if plain else 0., "questions": len(groups),
             "incomplete": len(groups) - sum(whole.values()), "n": len(rows), "unmatched": hits.count(None)}
 

@@ -5,4 +5,5 @@ from functools import partial
 from benchmarks import mmbench
 
 NAME, MAIN, HUBS = "MMBench-CN", mmbench.MAIN, mmbench.HUBS
-load, score, submission = partial(mmbench.load, language="cn"), mmbench.score, mmbench.submission
+load = partial(mmbench.load, language="cn")
+group, score, submission = mmbench.group, mmbench.score, mmbench.submission

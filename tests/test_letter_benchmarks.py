@@ -194,6 +194,7 @@ def test_circular_counts_a_question_whose_copies_are_all_right(tmp_path):
     assert mmbench.score(wrong) == {"circular": 50., "plain": 100., "questions": 4, "incomplete": 0, "n": 11,
                                     "unmatched": 1}
     assert mmbench.score(wrong[::-1]) == mmbench.score(wrong)
+    assert [mmbench.group(row) for row in wrong] == [("", base) for base in 4 * [1] + 2 * [2] + 3 * [3] + 2 * [4]]
     # a missing copy is no hit, and said so; without its first order a question is not in the plain figure
     assert mmbench.score(full[:3] + full[4:]) == {"circular": 75., "plain": 100., "questions": 4, "incomplete": 1,
                                                   "n": 10, "unmatched": 0}
@@ -404,6 +405,8 @@ def test_ids_that_stand_twice_are_named(tmp_path):
         mmbench.score(answered(data, ["A"] * 4))
     with pytest.raises(ValueError, match="no rows to score"):
         mmbench.score([])
+    with pytest.raises(ValueError, match="row 1 is .*an answer that is a text"):
+        mmbench.score([*answered(data[:1], ["A"]), {"id": "8", "answer": None, "gold": {}}])
 
 
 def test_pictures_are_opened_when_asked_for_and_not_before(tmp_path):
