@@ -7,10 +7,8 @@ as JSON and Markdown beside three pictures. answer.py answers about any picture.
 """
 
 import json
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -41,17 +39,25 @@ from baselines import (
     visionzip,
 )
 from benchmarks import rebuild, scenes
+from benchmarks.asking import Asked, Selector, answered, for_all, per_picture, recall
+from benchmarks.report import (
+    PUBLISHED,
+    Hit,
+    ablation_table,
+    adaptive,
+    adaptive_table,
+    cell,
+    inside_table,
+    refresh,
+    spread,
+    summarise,
+    table,
+)
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table, token_budget
 from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
 from train import load_run, option, read_run, write_whole
 
-# the papers' ablations: average retention on LLaVA-1.5-7B over GQA, MMB, POPE and MME, at 192, 128 and 64 of 576
-# tokens; StepPrune's Table 4 has one budget. Quoted for their direction; the tiny world's figures are of another kind.
-PUBLISHED = {"autoselect": {"base": (98.3, 97.3, 95.5), "scale_gate": (96.5, 94.8, 93.2),
-                            "global_denoiser": (95.9, 95.0, 92.7)},
-             "recon": {},
-             "stepprune": {"base": (94.7,), "causal": (92.4,), "last": (90.3,), "uniform": (83.9,), "alive": (89.5,)}}
 BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
              "holov": holov, "prunesid": prunesid, "cdpruner": cdpruner, "visionzip": visionzip, "prumerge": prumerge,
              "prumerge+": prumerge, "tome": tome}
@@ -93,61 +99,6 @@ class EvalConfig:
 
 # --------------------------------------------------------------------------------------------------- measuring
 
-class Asked(NamedTuple):
-    """Q questions about B pictures: all that a selection may read, and the evidence it is judged by.
-
-    pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
-    valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer | merged: FrozenVLM.merged() of pictures
-    """
-    pictures: Units
-    owner: list[int]
-    units: Units
-    question: tuple
-    evidence: list
-    merged: Callable | None = None
-
-
-class Selector(NamedTuple):
-    """select(asked, K) -> one keep a question, or (these, features in place of the kept units' own). each: a selection
-    per question, not one per picture. look: what encode() has to show it.
-
-    layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
-    question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
-    stages: stages(K, visual tokens of each row) -> {layer: rule} of a rival inside; it asks behind the image alone.
-    """
-    select: Callable | None
-    each: bool = True
-    layer: int | None = None
-    budgets: tuple | None = None
-    stages: Callable | None = None
-    look: dict = {}
-
-
-class Hit(NamedTuple):
-    """One answered question. recall: share of its evidence that was kept, nan where nothing bears on it. seen: the
-    token_budget() of a rival inside the language model."""
-    family: str
-    right: float
-    recall: float
-    kept: int
-    things: int
-    seen: tuple | None = None
-
-
-def for_all(owner: list[int], found):
-    """What was chosen for each picture -> the same for each question."""
-    if isinstance(found, tuple):
-        keep, feats = found
-        parts = feats.split([len(k) for k in keep])
-        return [keep[b] for b in owner], torch.cat([parts[b] for b in owner])
-    return [found[b] for b in owner]
-
-
-def per_picture(select, look: dict | None = None) -> Selector:
-    """A selection that knows no question serves all of a picture's. select(units, K) -> one keep a picture."""
-    return Selector(lambda asked, k: for_all(asked.owner, select(asked.pictures, k)), each=False, look=look or {})
-
-
 def rival(name: str, vlm) -> Selector:
     """A baseline of BASELINES. Raises ValueError, with the reason, if it cannot serve this backbone."""
     module = BASELINES[name]
@@ -181,12 +132,7 @@ def stepwise(selector, biases: dict, most: int, exact: bool = False) -> Selector
     def chosen(asked, k):
         how = dict(least=k, most=k) if exact else dict(stop_bias=biases[k], most=most)
         return selector.select(*asked.units.pad(), *asked.question, **how)
-    return Selector(chosen)
-
-
-def recall(keep, evidence) -> list[float]:
-    """Share of each question's evidence that was kept, 0..1; nan where nothing in the picture bears on the question."""
-    return [(e[k.cpu()].sum() / e.sum()).item() for k, e in zip(keep, evidence)]
+    return Selector(chosen, adaptive=not exact)
 
 
 def prompts(vlm, part, twice: bool = False):
@@ -203,7 +149,7 @@ def ask(vlm, part, clock=None, twice=False, look=None) -> tuple[Asked, dict]:
     with (clock or Clock(vlm.device))("vision", len(part)):
         units = vlm.encode(pixels, look)
     return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units),
-                 lambda rule: vlm.merged(pixels, rule)), batch
+                 merged=lambda rule: vlm.merged(pixels, rule)), batch
 
 
 @torch.no_grad()
@@ -225,64 +171,18 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32, positions: str
         doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
         for name, budget in turns:
-            feats, keep, seen, selector = None, None, None, selectors.get(name)
-            if getattr(selector, "layer", None) is not None or getattr(selector, "stages", None):
-                answers, keep, seen = within(vlm, questions if selector.stages else doubled, asked.units, selector,
-                                             name, budget, clock, start < 4 * batch, positions)
-            else:
-                with clock(f"select {name} {budget}", len(gold if getattr(selector, "each", False) else part)):
-                    if isinstance(selector, torch.nn.Module):                # Figure 5: drowned, not removed
-                        v, valid = asked.pictures.pad()
-                        gated = asked.pictures.flat(selector(v, valid, budget)[0])
-                        feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
-                    elif selector:
-                        keep = selector.select(asked, budget)
-                        keep, feats = keep if isinstance(keep, tuple) else (keep, None)
-                prompt = (vlm.prune(questions, asked.units, keep, feats, positions) if keep else
-                          vlm.embed(questions, asked.units, feats))
-                answers = vlm.generate(prompt, max_new_tokens=4)
-                if start < 4 * batch:                  # the share that prefill has, on the first batches
-                    with clock(f"prefill {name} {budget}", len(gold)):
-                        vlm.generate(prompt, max_new_tokens=1)
-            found = recall(keep, asked.evidence) if keep else [1.] * len(gold)
-            kept = [len(k) for k in keep] if keep else [len(e) for e in asked.evidence]
+            selector = selectors.get(name)
+            twice = getattr(selector, "layer", None) is not None
+            said = answered(vlm, selector, asked, doubled if twice else questions, f"{name} {budget}", budget, clock, 4,
+                            positions)
+            found = recall(said.keep, asked.evidence) if said.keep else [1.] * len(gold)
+            kept = [len(k) for k in said.keep] if said.keep else [len(e) for e in asked.evidence]
+            seen = [token_budget(n, left, len(vlm.lm.layers)) if getattr(selector, "stages", None) else None
+                    for n, left in zip(said.entered, said.later)]
             results.setdefault((name, budget), []).extend(
                 Hit(q.family, scenes.score(a, q.answer), r, k, things, s)
-                for (q, things), a, r, k, s in zip(gold, answers, found, kept, seen or [None] * len(gold)))
+                for (q, things), a, r, k, s in zip(gold, said.texts, found, kept, seen))
     return results, clock
-
-
-def within(vlm, batch, units, selector: Selector, name: str, budget, clock: Clock, timed: bool,
-           positions: str = "original") -> tuple:
-    """Answers of a selection inside the language model, the indices of what it kept to the end, or None, and each
-    question's token_budget(), None for one that is none of the rivals; timed: and the time of its prefill."""
-    kept, prompt, depth = {}, vlm.embed(batch, units), len(vlm.lm.layers)
-    entered = prompt.is_visual.sum(1).tolist()
-    if selector.stages:
-        rules = selector.stages(budget, entered)
-    elif selector.layer:
-        rules = {selector.layer: lambda look: selector.select(look.states, look.valid, budget)}
-    else:
-        rules = {}
-
-    def watched(layer, rule):
-        def watch(look):
-            with clock(f"select {name} {budget}", len(entered) if layer == min(rules) else 0):
-                found = rule(look)
-            keep, changes = found if isinstance(found, tuple) else (found, {})
-            kept[layer] = changes.get("origin") or [origin[k] for origin, k in zip(look.origin, keep)]
-            return found
-        return watch
-    stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
-    answers = vlm.generate_within(prompt, stages, max_new_tokens=4, positions=positions)
-    if timed:
-        with clock(f"prefill {name} {budget}", len(units.grid)):
-            vlm.generate_within(prompt, stages, max_new_tokens=1, positions=positions)
-    if not stages:
-        with clock(f"select {name} {budget}", len(units.grid)):      # nothing is selected, in no time
-            pass
-    seen = [token_budget(n, {i: len(keep[b]) for i, keep in kept.items()}, depth) for b, n in enumerate(entered)]
-    return answers, kept[max(kept)] if kept else None, seen if selector.stages else None
 
 
 @torch.no_grad()
@@ -300,128 +200,6 @@ def calibrate(vlm, selector, budgets, most: int, n: int, batch: int = 32) -> dic
     print(f"unsteered, it keeps {stepprune.stops(margin, 0.).double().mean():.1f} tokens on average; stop bias "
           + ", ".join(f"{b:.2f} for {k}" for k, b in biases.items()))
     return biases
-
-
-def summarise(results: dict, clock: Clock) -> list[dict]:
-    """One line per method and budget: accuracy per family, average, retention, recall, kept tokens, milliseconds, n."""
-    lines, full = [], {}
-    for (name, budget), hits in results.items():
-        families = {f: [h.right for h in hits if h.family == f] for f in scenes.FAMILIES}
-        accuracy = {f: float(np.mean(r)) for f, r in families.items() if r}
-        full = full or accuracy                        # the first entry is the unpruned model
-        known = [f for f in accuracy if full[f] > 0]
-        lines.append({
-            "method": name, "K": budget or "all", "n": len(hits), "families": accuracy,
-            "average": float(np.mean(list(accuracy.values()))),
-            "error": float(np.sqrt(sum(np.var(r) / len(r) for r in families.values() if r)) / len(accuracy)),
-            "retention": float(np.mean([accuracy[f] / full[f] for f in known])),
-            "recall": float(np.nanmean([h.recall for h in hits])), "kept": float(np.mean([h.kept for h in hits])),
-            "vision_ms": clock.ms("vision"), "select_ms": clock.ms(f"select {name} {budget}"),
-            "prefill_ms": clock.ms(f"prefill {name} {budget}")})
-        if hits[0].seen:
-            entering, last, mean = np.mean([h.seen for h in hits], 0).tolist()
-            lines[-1] |= {"entering": entering, "last_layer": last, "layer_mean": mean}
-    return lines
-
-
-def adaptive(hits: list[Hit], buckets: int = 6) -> dict:
-    """How a selector that decides for itself spread its tokens: K's deciles, its correlation with the number of things
-    in the scene, per family, and accuracy per log-spaced bucket of K (the paper's Figure 4)."""
-    kept, right = np.array([h.kept for h in hits]), np.array([h.right for h in hits])
-    edges = np.unique(np.geomspace(kept.min(), kept.max() + 1, buckets + 1).round().astype(int)).tolist()
-    inside = [(kept >= low) & (kept < high) for low, high in zip(edges, edges[1:])]
-    return {"mean": float(kept.mean()), "deciles": np.percentile(kept, range(0, 101, 10)).tolist(),
-            "things": float(np.corrcoef(kept, [h.things for h in hits])[0, 1]) if kept.std() else float("nan"),
-            "families": {f: float(np.mean([h.kept for h in hits if h.family == f]))
-                         for f in scenes.FAMILIES if any(h.family == f for h in hits)},
-            "buckets": [{"from": low, "to": high - 1, "n": int(b.sum()),
-                         "accuracy": float(right[b].mean()) if b.any() else None}
-                        for low, high, b in zip(edges, edges[1:], inside)]}
-
-
-def report_inside(lines: list[dict], out: Path) -> None:
-    """inside.md, if there are rivals inside the language model: visual tokens that its layers see, on average."""
-    table = ["| method | K | enter | in the last layer | mean over layers |", "|" + "---|" * 5]
-    table += [f"| {x['method']} | {x['K']} | {x['entering']:.1f} | {x['last_layer']:.1f} | {x['layer_mean']:.1f} |"
-              for x in lines if "layer_mean" in x]
-    if len(table) > 2:
-        print("\n" + "\n".join(table))
-        write_whole(out / "inside.md", lambda p: p.write_text("\n".join(table) + "\n"))
-
-
-def adaptive_table(found: dict) -> str:
-    """{(name, K): adaptive()} as Markdown."""
-    out = ["| method | wished K | mean K | deciles 10 .. 90 | K by family | correlation with number of things | "
-           "accuracy by bucket of K (n) |", "|" + "---|" * 7]
-    for (name, budget), x in found.items():
-        families = ", ".join(f"{f} {k:.0f}" for f, k in x["families"].items())
-        buckets = ", ".join(f"{b['from']}-{b['to']}: {100 * b['accuracy']:.0f} ({b['n']})"
-                            for b in x["buckets"] if b["n"])
-        deciles = " ".join(f"{k:.0f}" for k in x["deciles"][1:-1])
-        out.append(f"| {name} | {budget} | {x['mean']:.1f} | {deciles} | {families} | {x['things']:.2f} | {buckets} |")
-    return "\n".join(out)
-
-
-def spread(lines: list[dict], names: list[str], label: str) -> list[dict]:
-    """Mean of the runs' lines per budget, with their standard deviation (n-1) as average_sd, recall_sd, ..."""
-    merged = []
-    for budget in dict.fromkeys(line["K"] for line in lines if line["method"] in names):
-        group = [line for line in lines if line["method"] in names and line["K"] == budget]
-        mean = {k: float(np.mean([g[k] for g in group])) for k, v in group[0].items() if isinstance(v, float)}
-        sd = {f"{k}_sd": float(np.std([g[k] for g in group], ddof=1)) for k in ("average", "retention", "recall")}
-        families = {f: float(np.mean([g["families"][f] for g in group])) for f in group[0]["families"]}
-        merged.append({**group[0], **mean, **sd, "method": label, "runs": len(group), "families": families})
-    return merged
-
-
-def table(lines: list[dict]) -> str:
-    """The lines as Markdown: percent, and milliseconds a selection and a question's prefill."""
-    head = ["method", "K", "kept", *scenes.FAMILIES, "average", "retention", "evidence recall", "select ms",
-            "prefill ms"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for line in lines:
-        def percent(key, line=line):
-            return f"{100 * line[key]:.1f}" + (f" ±{100 * line[key + '_sd']:.1f}" if key + "_sd" in line else "")
-        families = (line["families"].get(f, float("nan")) for f in scenes.FAMILIES)
-        cells = [line["method"], str(line["K"]), f"{line['kept']:.1f}", *(f"{100 * x:.1f}" for x in families),
-                 percent("average"), percent("retention"), percent("recall"),
-                 f"{line['select_ms']:.2f}", f"{line['prefill_ms']:.2f}"]
-        out.append("| " + " | ".join(cells) + " |")
-    return "\n".join(out)
-
-
-def ablation_table(method: str, results: Path = Path("results")) -> str:
-    """Every results/ablations/<method>/<variant>/evaluation.json against the method's own results, mean over seeds."""
-    variants = sorted(p for p in (results / "ablations" / method).iterdir() if p.is_dir())
-    files = {"base": results / f"{method}_tiny", **{p.name: p for p in variants}}
-    means = {name: {(line["method"].split(",")[0], line["K"]): line
-                    for line in json.loads((path / "evaluation.json").read_text())
-                    if "runs" in line and line["method"].startswith(method)} for name, path in files.items()}
-    budgets = sorted({k for _, k in means["base"] if isinstance(k, int)}, reverse=True)
-    head = ["variant", *(f"K = {k}: retention, - base" for k in budgets), "published: retention, - base"]
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, lines in means.items():
-        for kind in dict.fromkeys(kind for kind, _ in lines):
-            cells = []
-            for k in budgets:
-                if (kind, k) not in lines:             # a mask has no budget
-                    break
-                x, full = lines[kind, k], means["base"][method, k]
-                cells.append(f"{100 * x['retention']:.1f} ±{100 * x['retention_sd']:.1f}, "
-                             f"{100 * (x['retention'] - full['retention']):+.1f}")
-            if not cells:
-                continue
-            paper = PUBLISHED[method].get(name, ()) if kind == method else ()
-            quoted = [f"{p:.1f}, {p - q:+.1f}" for p, q in zip(paper, PUBLISHED[method].get("base", ()))]
-            out.append(f"| {name}{kind[len(method):]} | " + " | ".join(cells) + f" | {' / '.join(quoted) or '-'} |")
-    return "\n".join(out)
-
-
-def refresh(page: Path) -> None:
-    """Put the tables that a page quotes between <!-- table: FILE --> and <!-- end --> in again from their files."""
-    def quote(found):
-        return f"{found[1]}\n{(page.parent / found[2]).read_text().strip()}\n<!-- end -->"
-    page.write_text(re.sub(r"(<!-- table: (\S+) -->)\n.*?<!-- end -->", quote, page.read_text(), flags=re.S))
 
 
 # -------------------------------------------------------------------------------------------------------- main
@@ -590,7 +368,9 @@ def main(args=None) -> list[dict]:
     write_whole(out / "summary.md", lambda p: p.write_text(short + "\n"))
     if (card := out / "selector/README.md").exists():
         refresh(card)
-    report_inside(lines, out)
+    if text := inside_table(lines):
+        print(f"\n{text}")
+        write_whole(out / "inside.md", lambda p, text=text: p.write_text(text + "\n"))
     found = {key: adaptive(hits) for key, hits in results.items() if len({h.kept for h in hits}) > 1}
     if found:
         text = adaptive_table(found)
@@ -673,12 +453,6 @@ def draw_views(vlm, pixels: list, units: Units, scores, keeps, titles, path: Pat
     draw_kept([Image.fromarray(x.round().byte().permute(1, 2, 0).numpy()) for x in seen], apart.grid,
               scores.split(apart.counts), [x.nonzero().flatten() for x in kept],
               [title for title, n in zip(titles, views) for _ in range(n)], path, orders if max(views) == 1 else None)
-
-
-def cell(values, unit: float = 100) -> str:
-    """Mean and, of several, standard deviation, as a table shows them."""
-    more = f" ±{unit * np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
-    return f"{unit * np.mean(values):.3g}{more}"
 
 
 @torch.no_grad()

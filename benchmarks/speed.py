@@ -18,14 +18,17 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage, items: int):
-        self._wait()
+        self.wait()
         start = time.perf_counter()
         yield
-        self._wait()
-        self.seconds[stage] = self.seconds.get(stage, 0.) + time.perf_counter() - start
+        self.wait()
+        self.add(stage, time.perf_counter() - start, items)
+
+    def add(self, stage, seconds: float, items: int):
+        self.seconds[stage] = self.seconds.get(stage, 0.) + seconds
         self.items[stage] = self.items.get(stage, 0) + items
 
-    def _wait(self):
+    def wait(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -64,10 +67,29 @@ def token_budget(tokens: int, counts: dict[int, int], layers: int) -> tuple[int,
 
     counts: {layer: visual tokens from this layer on}, empty for a method that prunes in front of the language model.
     """
+    seen = per_layer(tokens, counts, layers)
+    return tokens, seen[-1], sum(seen) / layers
+
+
+def per_layer(tokens: int, counts: dict[int, int], layers: int) -> list[int]:
+    """The visual tokens that each layer sees, see token_budget()."""
     seen = [tokens]
     for i in range(layers):
         seen.append(counts.get(i, seen[-1]))
-    return tokens, seen[-1], sum(seen[1:]) / layers
+    return seen[1:]
+
+
+def prefill_flops(config, counts: list[int]) -> int:
+    """FLOPs of a prompt up to its first new token in a Llama-like language model, 2 per multiply-add, attention as n^2
+    products: what benchmarks/flops.py counts "in full". The vision encoder and the selection are not in it.
+
+    config: of the language model; counts[i]: tokens, of image and text, that layer i sees.
+    """
+    width, inner = config.hidden_size, config.intermediate_size
+    side = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    queries, keys = config.num_attention_heads * side, config.num_key_value_heads * side
+    weights = 2 * width * queries + 2 * width * keys + 3 * width * inner
+    return sum(2 * n * weights + 4 * n ** 2 * queries for n in counts) + 2 * width * config.vocab_size
 
 
 def speed_table(lines: list[dict], layers: int) -> str:
