@@ -4,15 +4,23 @@ Answers the test questions of the tiny world with all visual tokens, and with K 
 the same rows. Prints accuracy per family, retention (the paper's Avg.: mean over families of pruned / unpruned),
 evidence recall (share of the tokens that show the answer which were kept) and the time of each stage; saves them
 as JSON and Markdown beside three pictures. answer.py answers about any picture.
+
+With --benchmarks it asks the questions of the papers' benchmarks instead, from the hub or from local copies. Answers go
+into predictions files: a run that was cut off goes on, `accelerate launch evaluate.py ...` shares one among GPUs, and
+--rescore makes the tables anew from the files alone.
 """
 
+import hashlib
 import json
+import zlib
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -38,8 +46,36 @@ from baselines import (
     tome,
     visionzip,
 )
-from benchmarks import rebuild, scenes
+from benchmarks import (
+    ai2d,
+    chartqa,
+    docvqa,
+    egoschema,
+    gqa,
+    infovqa,
+    longvideobench,
+    mmbench,
+    mmbench_cn,
+    mme,
+    mmmu,
+    nextqa,
+    pope,
+    predictions,
+    rebuild,
+    runner,
+    scenes,
+    scienceqa,
+    scores,
+    seed,
+    seed_all,
+    seed_video,
+    textvqa,
+    vizwiz,
+    vqav2,
+    world,
+)
 from benchmarks.asking import Asked, Selector, answered, for_all, per_picture, recall
+from benchmarks.questions import sample
 from benchmarks.report import (
     PUBLISHED,
     Hit,
@@ -55,7 +91,7 @@ from benchmarks.report import (
 )
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table, token_budget
 from common import FrozenVLM, Units
-from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_training
+from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_tokens, draw_training
 from train import load_run, option, read_run, write_whole
 
 BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
@@ -66,6 +102,18 @@ INSIDE = {"fastv": (fastv, {}), "dart": (dart, {}), "pact": (pact, {}), "pdrop":
           "pdrop_last": (pdrop, {"count": "last"}), "sparsevlm": (sparsevlm, {}),
           "sparsevlm_last": (sparsevlm, {"count": "last"}), "sparsevlm_plus": (sparsevlm, {"plus": True}),
           "sparsevlm_plus_last": (sparsevlm, {"plus": True, "count": "last"})}
+# name -> module with NAME, MAIN, load() and score(); a local copy is the folder of this name
+BENCHMARKS = {"scenes": world, "gqa": gqa, "mmbench": mmbench, "mmbench_cn": mmbench_cn, "mme": mme, "pope": pope,
+              "scienceqa": scienceqa, "vqav2": vqav2, "textvqa": textvqa, "seed": seed, "seed_all": seed_all,
+              "vizwiz": vizwiz, "docvqa": docvqa, "infovqa": infovqa, "chartqa": chartqa, "mmmu": mmmu, "ai2d": ai2d,
+              "nextqa": nextqa, "egoschema": egoschema, "longvideobench": longvideobench, "seed_video": seed_video}
+# LLaVA-1.5's own prompt; the template that comes with it on the hub lacks the first sentence
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions. "
+          "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' }}"
+          "{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}"
+          "{% else %}{{ 'ASSISTANT: ' + m['content'][0]['text'] }}{% endif %}{% endfor %}"
+          "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 
 
 @dataclass
@@ -80,13 +128,28 @@ class EvalConfig:
                                         "most rivals does", choices=["original", "reindex"])
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
-    budgets: list[int] = field(default_factory=lambda: [48, 32, 16], metadata={
-        "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]"})
+    budgets: list[float] = field(default_factory=lambda: [48, 32, 16], metadata={
+        "help": "K, kept tokens; the mean of them where the selector decides [paper: 33.3, 22.2 and 11.1 %%]; with "
+                "--benchmarks also below 1, as a share of each picture's tokens"})
     exact: bool = option(False, "stepprune: also keep exactly K")
     max_keep: int | None = option(None, "stepprune: most tokens it may keep [twice the T_max it was trained with]")
     calibration: int = option(2000, "stepprune: questions, at least, that find the stop bias for a mean of K")
     n: int = option(1000, "questions, at least; the families share them")
-    batch: int = option(32, "pictures encoded at a time")
+    batch: int = option(32, "pictures encoded at a time; with --benchmarks, questions")
+    benchmarks: list[str] = field(default_factory=list, metadata={"help": f"ask these: {' '.join(BENCHMARKS)}"})
+    data_root: str | None = option(None, "folder with a local copy of each benchmark, under its name [the hub]")
+    rescore: str | None = option(None, "folder of predictions files: tables from these alone, without a model")
+    sample: int | None = option(None, "questions of each benchmark, drawn at random [all]")
+    seed: int = option(0, "of that draw, of the random baseline and of the intervals")
+    resamples: int = option(1000, "of the questions, for the intervals")
+    partial: bool = option(False, "average also where benchmarks are missing, though such averages do not compare")
+    pad: str | None = option(None, "pictures to a square first, as LLaVA-1.5 does, or left to the processor [square "
+                             "for the family llava, none for others]", choices=["square", "none"])
+    style: str = option("checkpoint", "the prompt's frame: the checkpoint's chat template, or LLaVA-1.5's own with its "
+                        "first sentence [paper: vicuna_v1]", choices=["checkpoint", "vicuna_v1"])
+    backbone: str | None = option(None, "whose printed figures to show [by the model's name; see "
+                                  "benchmarks/published.json]")
+    ratio: int = option(0, "also time so many questions of each benchmark in batches and one by one")
     split: str = option("test", "scenes to ask about", choices=["test", "calibration"])
     out: str | None = option(None, "folder of table and pictures [the run folder]")
     pictures: bool = option(True, "draw the curve, the kept patches and the cosine matrix")
@@ -95,6 +158,16 @@ class EvalConfig:
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
                                    choices=[*PUBLISHED])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
+
+    def __post_init__(self):
+        """Raises ValueError for a budget that is neither a number of tokens nor a share."""
+        if wrong := [k for k in self.budgets if k <= 0 or (k >= 1 and k != int(k))]:
+            raise ValueError(f"budgets={wrong}: expected whole numbers of tokens, or shares between 0 and 1")
+        self.budgets = [int(k) if k >= 1 else k for k in self.budgets]
+        if min(self.budgets) < 1 and not self.benchmarks:
+            raise ValueError(f"budgets={self.budgets}: expected whole numbers; shares go with --benchmarks")
+        if self.methods == ["all"]:
+            self.methods = [*BASELINES, *INSIDE] + ["evidence"] * (not self.benchmarks)
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -196,7 +269,8 @@ def calibrate(vlm, selector, budgets, most: int, n: int, batch: int = 32) -> dic
         margin = selector.rollout(selector.memory(v, valid, *asked.question), valid, -1e4, most=most).margin
         margins.append(F.pad(margin, (0, most - margin.shape[1]), value=-torch.inf))     # no token left: stop wins
     margin = torch.cat(margins)
-    biases = {k: stepprune.calibrate(margin, k) for k in budgets}
+    tokens = vlm.encode(vlm.pictures([rows[0].image])).counts[0] if min(budgets) < 1 else 1
+    biases = {k: stepprune.calibrate(margin, k * tokens if k < 1 else k) for k in budgets}
     print(f"unsteered, it keeps {stepprune.stops(margin, 0.).double().mean():.1f} tokens on average; stop bias "
           + ", ".join(f"{b:.2f} for {k}" for k, b in biases.items()))
     return biases
@@ -247,7 +321,7 @@ def check(cfg: EvalConfig) -> tuple[list[str], str]:
     known = [*BASELINES, *INSIDE, "evidence"]
     cfg.methods = known if cfg.methods == ["all"] else cfg.methods
     if unknown := set(cfg.methods) - {*known}:
-        raise ValueError(f"methods={sorted(unknown)}: known are {known}")
+        raise ValueError(f"methods={sorted(unknown)}: known are {known}, and all")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
     models = [read_run(run)[1]["training"]["model"] for run in runs]
     return runs, cfg.model or models[0]
@@ -272,13 +346,15 @@ def at_depth(layers: tuple, depth: int) -> tuple:
     return tuple(found)
 
 
-def rival_inside(name: str, vlm, budgets) -> Selector:
-    """A rival inside the language model, at the budgets that its schedule can have; the others are printed."""
+def rival_inside(name: str, vlm, budgets, known: bool = True) -> Selector:
+    """A rival inside the language model, at the budgets that its schedule can have; the others are printed. known: the
+    pictures are the tiny world's; else each is tried when it comes."""
     (module, how), depth, possible = INSIDE[name], len(vlm.lm.layers), []
-    layers = at_depth(module.LAYERS, depth)
+    layers, sizes = at_depth(module.LAYERS, depth), scenes.SIZES[vlm.family] if known else ()
     for k in budgets:
         try:
-            module.stages(k, [w * h // vlm.unit_side ** 2 for w, h in scenes.SIZES[vlm.family]], depth, layers, **how)
+            if known:
+                module.stages(k, [w * h // vlm.unit_side ** 2 for w, h in sizes], depth, layers, **how)
             possible.append(k)
         except ValueError as error:
             print(f"{name} {k}: left out, {error}")
@@ -321,7 +397,8 @@ def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dic
     for name in cfg.methods:
         try:
             selectors[name] = (Selector(lambda asked, k: oracle(asked.evidence, k)) if name == "evidence" else
-                               rival_inside(name, vlm, cfg.budgets) if name in INSIDE else rival(name, vlm))
+                               rival_inside(name, vlm, cfg.budgets, not cfg.benchmarks) if name in INSIDE else
+                               rival(name, vlm))
         except ValueError as error:
             print(f"{name}: left out, {error}")
     groups = {}
@@ -346,7 +423,11 @@ def main(args=None) -> list[dict]:
         return write_whole(Path(f"results/ablations/{cfg.ablations}.md"), lambda p: p.write_text(text + "\n"))
     if cfg.curves:
         return draw_training(cfg.run, Path(cfg.curves))
+    if cfg.rescore:
+        return report_benchmarks(cfg, Path(cfg.rescore), Path(cfg.out or cfg.rescore))
     runs, model = check(cfg)
+    if cfg.benchmarks:
+        return ask_benchmarks(cfg, runs, model)
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device)
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
@@ -396,6 +477,91 @@ def main(args=None) -> list[dict]:
                 draw_training(logged, out / "training.png")
             draw_run(cfg, vlm, *trained[runs[0]], rows[:64], biases[runs[0]], out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
+    return lines
+
+
+def by_name(seed: int) -> Selector:
+    """Random tokens that depend on the picture and the seed alone, whatever batch it comes in."""
+    def chosen(asked, k):
+        keep = [random.select(asked.pictures.rows([b]), k, zlib.crc32(f"{seed} {name}".encode()))[0]
+                for b, name in enumerate(asked.names)]
+        return [keep[b] for b in asked.owner]
+    return Selector(chosen, each=False)
+
+
+def turns_of(cfg: EvalConfig, vlm, runs: list[str]) -> tuple[dict, dict]:
+    """{(method, K): Selector, or None for all tokens}, and {method: what its predictions depend on besides}."""
+    trained = {str(run): load_run(run, vlm) for run in runs}
+    biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
+    selectors, _ = selectors_of(cfg, vlm, trained, biases)
+    if "random" in selectors:
+        selectors["random"] = by_name(cfg.seed)
+    turns = {scores.VANILLA: None, **{(name, k): selector for name, selector in selectors.items()
+                                      for k in selector.budgets or cfg.budgets}}
+    of = {name: next((run for run in trained if name in (run, f"{run} mask", f"{run} exactly")), None)
+          for name in selectors}
+    weights = {name: {"weights": hashlib.sha256(Path(run, "selector/model.safetensors").read_bytes()).hexdigest()[:16],
+                      "max_keep": cfg.max_keep, "calibration": cfg.calibration if biases[run] else None}
+               for name, run in of.items() if run}
+    return turns, weights
+
+
+def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
+    """--benchmarks: ask what has no answer yet, then report_benchmarks()."""
+    if unknown := set(cfg.benchmarks) - {*BENCHMARKS}:
+        raise ValueError(f"benchmarks={sorted(unknown)}: known are {[*BENCHMARKS]}")
+    if cfg.gated or "evidence" in cfg.methods:
+        raise ValueError("gated and the method evidence are for the tiny world, without --benchmarks")
+    state = PartialState(cpu=not cfg.device.startswith("cuda"))
+    vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype),
+                                    state.device if state.num_processes > 1 else cfg.device)
+    if cfg.style == "vicuna_v1":
+        if vlm.family not in ("llava", "llava_next"):
+            raise ValueError(f"style=vicuna_v1 is LLaVA's: expected checkpoint for the family {vlm.family}")
+        vlm.processor.chat_template = VICUNA
+    pad, out = cfg.pad or ("square" if vlm.family == "llava" else "none"), Path(cfg.out or f"runs/{Path(model).name}")
+    asked = {}
+    for name in cfg.benchmarks:                        # all, before the first is asked
+        path = Path(cfg.data_root, name) if cfg.data_root and name != "scenes" else None
+        asked[name] = sample(BENCHMARKS[name].load(path, family=vlm.family), cfg.sample, cfg.seed, scores.group)
+    turns, weights = turns_of(cfg, vlm, runs)
+    for name, questions in asked.items():
+        files = {}
+        for method, k in turns:
+            header = {"benchmark": name, "model": model, "fingerprint": vlm.fingerprint(), "method": method,
+                      "budget": k, "style": cfg.style, "pad": pad, "positions": cfg.positions, "sample": cfg.sample,
+                      "seed": cfg.seed, "dtype": cfg.dtype, "questions": len(questions), **weights.get(method, {}),
+                      "versions": {package: version(package) for package in ("torch", "transformers")}}
+            files[method, k] = predictions.Predictions(
+                out / "predictions" / name / f"{predictions.name(method, k)}.jsonl", header, questions,
+                state.process_index, state.num_processes)
+        runner.run(vlm, questions, turns, files, cfg.batch, pad, cfg.seed, state.process_index, state.num_processes,
+                   name, cfg.positions)
+        if cfg.ratio and state.is_main_process:
+            print(f"\n{name}\n{runner.compare(vlm, questions[:cfg.ratio], turns, cfg.batch, pad)}\n")
+    state.wait_for_everyone()
+    return report_benchmarks(cfg, out / "predictions", out) if state.is_main_process else []
+
+
+def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
+    """Tables of the complete predictions files in a folder, beside what the papers print, into `out`: benchmarks.*"""
+    files, header = scores.found(folder, BENCHMARKS)
+    lines = scores.summarise(files, BENCHMARKS, cfg.seed, cfg.resamples)
+    names = {name: BENCHMARKS[name].NAME for name in files}
+    quoted = scores.printed(lines, cfg.backbone or scores.backbone(header["model"]))
+    text = "\n\n".join([scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
+                        scores.cost_table(lines)])
+    few = [f"{line['method']} {line['K']}" for line in lines if line["benchmarks"] < len(names)]
+    if few and not cfg.partial:
+        text += (f"\n\nNo average of {', '.join(few)}: not all of the {len(names)} benchmarks are there, and averages "
+                 "over different ones do not compare; --partial shows them all the same.")
+    print(f"\n{text}\n\nmodel {header['model']}, prompt {header['style']}, pictures padded: {header['pad']}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(out / "benchmarks.json", lambda p: p.write_text(json.dumps(
+        {"header": header, "lines": lines, "printed": quoted}, indent=1)))
+    write_whole(out / "benchmarks.md", lambda p: p.write_text(text + "\n"))
+    if cfg.pictures:
+        draw_tokens(lines, names, out / "benchmarks.png")
     return lines
 
 

@@ -27,6 +27,26 @@ def draw_curve(lines: list[dict], tokens: int, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_tokens(lines: list[dict], names: dict, path: Path) -> None:
+    """A panel a benchmark: score with its interval against visual tokens, mean over layers, a curve a method, the
+    unpruned model as a line. lines: of benchmarks/scores.py; names: benchmark -> title."""
+    figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names), 3.6), layout="constrained", squeeze=False)
+    for axis, (name, title) in zip(axes[0], names.items()):
+        there = [line for line in lines if name in line["scores"]]
+        for method in dict.fromkeys(line["method"] for line in there):
+            points = sorted((line["costs"][name]["layer_mean"], line["scores"][name]["value"],
+                             *line["scores"][name]["interval"]) for line in there if line["method"] == method)
+            x, y, low, high = np.array(points).T
+            if method == "vanilla":
+                axis.axhline(y[0], color="grey", ls="--", label=f"all {x[0]:.0f} tokens")
+                continue
+            axis.errorbar(x, y, np.maximum(0, [y - low, high - y]), marker="o", capsize=3, label=Path(method).name)
+        axis.set(xlabel="visual tokens, mean over layers", ylabel="score", title=title)
+    axes[0, 0].legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def draw_kept(images, grids, scores, keeps, titles, path: Path, orders=None) -> None:
     """Per picture: itself, the heat map of its scores, and the kept patches with the rest greyed out, numbered in the
     order orders[b] in which they were picked."""
