@@ -483,7 +483,7 @@ def main(args=None) -> list[dict]:
 def by_name(seed: int) -> Selector:
     """Random tokens that depend on the picture and the seed alone, whatever batch it comes in."""
     def chosen(asked, k):
-        keep = [random.select(asked.pictures.rows([b]), k, zlib.crc32(f"{seed} {name}".encode()))[0]
+        keep = [random.select(asked.pictures.rows([b]), k, seed=zlib.crc32(f"{seed} {name}".encode()))[0]
                 for b, name in enumerate(asked.names)]
         return [keep[b] for b in asked.owner]
     return Selector(chosen, each=False)
