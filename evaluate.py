@@ -11,6 +11,7 @@ into predictions files: a run that was cut off goes on, `accelerate launch evalu
 """
 
 import hashlib
+import inspect
 import json
 import zlib
 from dataclasses import dataclass, field, replace
@@ -138,6 +139,8 @@ class EvalConfig:
     batch: int = option(32, "pictures encoded at a time; with --benchmarks, questions")
     benchmarks: list[str] = field(default_factory=list, metadata={"help": f"ask these: {' '.join(BENCHMARKS)}"})
     data_root: str | None = option(None, "folder with a local copy of each benchmark, under its name [the hub]")
+    options: list[str] = field(default_factory=list, metadata={
+        "help": "of a benchmark's load(), such as pope.split=random seed_all.frames=1 mmbench.legacy=true"})
     rescore: str | None = option(None, "folder of predictions files: tables from these alone, without a model")
     sample: int | None = option(None, "questions of each benchmark, drawn at random [all]")
     seed: int = option(0, "of that draw, of the random baseline and of the intervals")
@@ -506,6 +509,22 @@ def turns_of(cfg: EvalConfig, vlm, runs: list[str]) -> tuple[dict, dict]:
     return turns, weights
 
 
+def options_of(cfg: EvalConfig) -> dict[str, dict]:
+    """{benchmark: {option: value}} of --options. Raises ValueError for one that its load() does not have."""
+    found = {name: {} for name in cfg.benchmarks}
+    for text in cfg.options:
+        (name, _, key), value = text.split("=")[0].partition("."), text.partition("=")[2]
+        known = [*inspect.signature(BENCHMARKS[name].load).parameters] if name in found else []
+        if key not in {*known} - {"path", "family"}:
+            raise ValueError(f"options={text!r}: expected <benchmark>.<option>=<value> of {', '.join(found)}, with an "
+                             f"option of its load(): {', '.join(known)}")
+        try:
+            found[name][key] = json.loads(value)
+        except ValueError:
+            found[name][key] = value                   # a word
+    return found
+
+
 def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
     """--benchmarks: ask what has no answer yet, then report_benchmarks()."""
     if unknown := set(cfg.benchmarks) - {*BENCHMARKS}:
@@ -520,16 +539,18 @@ def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
             raise ValueError(f"style=vicuna_v1 is LLaVA's: expected checkpoint for the family {vlm.family}")
         vlm.processor.chat_template = VICUNA
     pad, out = cfg.pad or ("square" if vlm.family == "llava" else "none"), Path(cfg.out or f"runs/{Path(model).name}")
-    asked = {}
+    asked, options = {}, options_of(cfg)
     for name in cfg.benchmarks:                        # all, before the first is asked
         path = Path(cfg.data_root, name) if cfg.data_root and name != "scenes" else None
-        asked[name] = sample(BENCHMARKS[name].load(path, family=vlm.family), cfg.sample, cfg.seed, scores.group)
+        asked[name] = sample(BENCHMARKS[name].load(path, family=vlm.family, **options[name]), cfg.sample, cfg.seed,
+                             scores.group)
     turns, weights = turns_of(cfg, vlm, runs)
     for name, questions in asked.items():
         files = {}
         for method, k in turns:
             header = {"benchmark": name, "model": model, "fingerprint": vlm.fingerprint(), "method": method,
-                      "budget": k, "style": cfg.style, "pad": pad, "positions": cfg.positions, "sample": cfg.sample,
+                      "budget": k, "style": cfg.style, "pad": pad, "options": options[name],
+                      "positions": cfg.positions, "sample": cfg.sample,
                       "seed": cfg.seed, "dtype": cfg.dtype, "questions": len(questions), **weights.get(method, {}),
                       "versions": {package: version(package) for package in ("torch", "transformers")}}
             files[method, k] = predictions.Predictions(
@@ -549,8 +570,11 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     lines = scores.summarise(files, BENCHMARKS, cfg.seed, cfg.resamples)
     names = {name: BENCHMARKS[name].NAME for name in files}
     quoted = scores.printed(lines, cfg.backbone or scores.backbone(header["model"]))
-    text = "\n\n".join([scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
-                        scores.cost_table(lines)])
+    parts = [scores.parts_table(lines, name, BENCHMARKS[name].MAIN) for name in names]
+    text = "\n\n".join(filter(None, [
+        scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names), scores.seeds_table(lines, names),
+        *(f"{names[name]}, part by part:\n\n{part}" for name, part in zip(names, parts) if part),
+        scores.cost_table(lines)]))
     few = [f"{line['method']} {line['K']}" for line in lines if line["benchmarks"] < len(names)]
     if few and not cfg.partial:
         text += (f"\n\nNo average of {', '.join(few)}: not all of the {len(names)} benchmarks are there, and averages "

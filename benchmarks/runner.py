@@ -43,8 +43,8 @@ def batches(questions, size: int) -> list[list[tuple[int, object]]]:
 def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = False,
         look: dict | None = None) -> tuple[Asked, dict, dict | None]:
     """The questions as Asked, every different picture encoded once, to show what FrozenVLM.encode() knows by look; as
-    the batch that the VLM answers; and, if twice, as one that asks before the image too. Raises ValueError naming a
-    question whose pictures cannot be read."""
+    the batch that the VLM answers; and, if twice, as one that asks before the image too. Raises ValueError naming
+    questions that cannot be read, or are too long."""
     rows, first, owner = [], {}, []
     for _, question in part:
         try:
@@ -58,7 +58,11 @@ def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = Fals
     images = [images if len(images) > 1 else images[0] for images in rows]
     pixels = vlm.pictures([images[owner.index(b)] for b in range(len(first))])
     turns = [[(question.prompt, None)] for _, question in part]
-    batch, doubled = vlm.batch(images, turns), vlm.batch(images, turns, twice=True) if twice else None
+    try:
+        batch, doubled = vlm.batch(images, turns), vlm.batch(images, turns, twice=True) if twice else None
+    except ValueError as error:
+        names = ", ".join(question.id for _, question in part)
+        raise ValueError(f"{error}. The rows, from 0, are the questions {names}") from error
     with clock("vision", len(first)):
         units = vlm.encode(pixels, look)
     return Asked(units, owner, units.rows(owner), vlm.question(batch), None, list(first),
