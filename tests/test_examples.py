@@ -27,9 +27,9 @@ def rows():
     return scenes.load(24)
 
 
-def ask(vlm, way, rows, **how):
+def ask(vlm, way, rows, look=None, **how):
     """generate_until() as lmms-eval calls it: a request a question, documents reached through task_dict."""
-    pruned = run_lmms_eval.Pruned(vlm, way)
+    pruned = run_lmms_eval.Pruned(vlm, way, look)
     docs = [dict(image=row.image, question=q.question) for row in rows for q in row.questions]
     pruned.task_dict = {"world": {"test": docs}}
     return pruned.generate_until([
@@ -41,14 +41,15 @@ def ways(vlm, methods=(), runs=()):
     return ways_of(AnswerConfig(methods=list(methods), budgets=[16], exact=True), vlm, list(runs))
 
 
-@pytest.mark.parametrize("methods, runs", [((), ()), (("random",), ()), ((), (RUN,))])
+@pytest.mark.parametrize("methods, runs", [((), ()), (("random",), ()), (("holov",), ()), ((), (RUN,))])
 def test_answers_are_those_of_the_evaluator(vlm, rows, methods, runs):
     """With all tokens, a baseline's, and a trained selector's; batch 1, as random tokens depend on the batch."""
-    answers, expected = ask(vlm, ways(vlm, methods, runs)[-1], rows), []
+    look = evaluate.BASELINES[methods[0]].look(vlm) if methods else None
+    answers, expected = ask(vlm, ways(vlm, methods, runs)[-1], rows, look), []
     for row in rows:
-        asked, batch = evaluate.ask(vlm, [row])
+        asked, batch = evaluate.ask(vlm, [row], look=look)
         if methods:
-            keep = [evaluate.BASELINES["random"](asked.pictures, 16)[0]] * len(asked.owner)
+            keep = [evaluate.BASELINES[methods[0]].select(asked.pictures, 16)[0]] * len(asked.owner)
         elif runs:
             keep = [evaluate.load_run(RUN, vlm)[0].select(*asked.pictures.pad(), 16)[0]] * len(asked.owner)
         prompt = vlm.prune(batch, asked.units, keep) if methods or runs else vlm.embed(batch, asked.units)
