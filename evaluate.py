@@ -50,6 +50,7 @@ from baselines import (
 from benchmarks import (
     ai2d,
     chartqa,
+    classify,
     docvqa,
     egoschema,
     gqa,
@@ -160,6 +161,12 @@ class EvalConfig:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
                                    choices=[*PUBLISHED])
+    classify: str | None = option(None, "a ViT classifier, tiny/vit, a folder or hub id, that sees the chosen patches "
+                                        "of --n pictures alone, instead of the VLM's answers (AutoSelect 4.3)")
+    images: str | None = option(None, "with --classify: a folder of class folders [the tiny world's scenes]")
+    labels: str | None = option(None, "with --classify --images: JSON of each class folder's name -> index or label "
+                                      "[its name is the label]")
+    rule: str = option("nearest", "with --classify: how a mask reaches another grid", choices=["nearest", "area"])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
 
     def __post_init__(self):
@@ -435,8 +442,10 @@ def main(args=None) -> list[dict]:
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
     trained = {str(run): load_run(run, vlm) for run in runs}
-    biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
+    biases = {name: None if cfg.classify else bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
+    if cfg.classify:
+        return report_classify(cfg, vlm, selectors, out)
     rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch, cfg.positions)
     lines = summarise(results, clock)
@@ -586,6 +595,22 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     write_whole(out / "benchmarks.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
         draw_tokens(lines, names, out / "benchmarks.png")
+    return lines
+
+
+def report_classify(cfg: EvalConfig, vlm, selectors: dict, out: Path) -> list[dict]:
+    """--classify: the table of benchmarks/classify.py, printed and saved: classify.md, classify.json."""
+    net = classify.Classifier.from_pretrained(cfg.classify, cfg.device)
+    items = classify.ClassFolder(cfg.images, net.names, cfg.labels, cfg.n) if cfg.images else \
+        classify.Scenes(cfg.n, cfg.split)
+    blind = {name: s for name, s in selectors.items() if isinstance(s, Selector) and not s.each}
+    for name in [name for name in selectors if name not in blind]:
+        print(f"{name}: left out, it needs a question or the language model")
+    lines = classify.measure(vlm, net, blind, items, cfg.budgets, cfg.batch, cfg.rule)
+    print(f"\n{classify.table(lines)}\n\n{lines[0]['n']} pictures of {cfg.images or 'the tiny world'}, classifier "
+          f"{cfg.classify}, {vlm.family}'s masks on its {net.grid[0]} x {net.grid[1]} patches")
+    write_whole(out / "classify.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
+    write_whole(out / "classify.md", lambda p: p.write_text(classify.table(lines) + "\n"))
     return lines
 
 
