@@ -59,6 +59,7 @@ cards: .venv/ready
 	$(BIN)/python evaluate.py --n 2000 --run runs/autoselect_qwen --out results/autoselect_tiny_qwen
 speed: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
+	$(BIN)/python -m benchmarks.flops
 $(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
 $(RECON_VARIANTS): ASKED = 600
 $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS): .venv/ready
@@ -71,5 +72,5 @@ ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
 	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
 	$(BIN)/python evaluate.py --run $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --curves results/recon_tiny/collapse.png
 pages: .venv/ready
-	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md', \
+	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md', 'results/README.md', \
 		*pathlib.Path('results').glob('*/selector/README.md'))]"

@@ -25,9 +25,12 @@ from benchmarks.batches import oblong
 from benchmarks.folder import open_picture
 from benchmarks.speed import Clock
 from common import Chat, FrozenVLM, Units
-from evaluate import BASELINES, bias_of, check, crop_by_crop, draw_views, longest
+from evaluate import BASELINES, INSIDE, bias_of, check, crop_by_crop, draw_views, longest
 from stepprune import StepPrune
 from train import load_run, option, write_whole
+
+# those that choose before the language model, once for all questions, and merge nothing into what they keep
+PLAIN = [name for name in BASELINES if name not in ("cdpruner", "visionzip", "prumerge", "prumerge+", "tome")]
 
 
 @dataclass
@@ -38,7 +41,7 @@ class AnswerConfig:
     run: list[str] = field(default_factory=list, metadata={
         "help": "folders of trained selectors [the latest in runs/; none if --model is given]"})
     model: str | None = option(None, "the frozen VLM [the run's own]")
-    methods: list[str] = field(default_factory=list, metadata={"help": f"baselines beside the runs: {[*BASELINES]}"})
+    methods: list[str] = field(default_factory=list, metadata={"help": f"baselines beside the runs: {PLAIN}"})
     budgets: list[int] = field(default_factory=lambda: [48, 16], metadata={
         "help": "K, kept tokens of all pictures together; the mean of them where the selector decides [ours]"})
     max_new_tokens: int = option(64, "most tokens of an answer [ours]")
@@ -85,7 +88,7 @@ class Stamped(TextStreamer):
 
 def ways_of(cfg: AnswerConfig, vlm: FrozenVLM, runs: list[str]) -> list[Way]:
     """All tokens, then every baseline and run at every budget."""
-    ways = [Way("all tokens")] + [Way(f"{name} {k}", lambda units, _, name=name, k=k: BASELINES[name](units, k))
+    ways = [Way("all tokens")] + [Way(f"{name} {k}", lambda units, _, name=name, k=k: BASELINES[name].select(units, k))
                                   for name in cfg.methods for k in cfg.budgets]
     for run in runs:
         selector, config = load_run(run, vlm)
@@ -152,9 +155,10 @@ def table(lines: list[dict]) -> str:
 
 def opened(cfg: AnswerConfig) -> list:
     """The pictures. Raises ValueError for what can be seen to be wrong before anything is loaded."""
-    if not cfg.image or not cfg.budgets or min(*cfg.budgets, cfg.max_new_tokens) < 1 or "evidence" in cfg.methods:
+    if not cfg.image or not cfg.budgets or min(*cfg.budgets, cfg.max_new_tokens) < 1 or {
+            *cfg.methods} & ({*BASELINES, *INSIDE, "evidence"} - {*PLAIN}):
         raise ValueError(f"image={cfg.image}, budgets={cfg.budgets}, max_new_tokens={cfg.max_new_tokens}, methods="
-                         f"{cfg.methods}: expected a picture file, numbers from 1, and methods of {[*BASELINES]}")
+                         f"{cfg.methods}: expected a picture file, numbers from 1, and methods of {PLAIN}")
     try:
         images = [open_picture(path) for path in cfg.image]
     except ValueError as error:
@@ -187,17 +191,17 @@ def main(args=None) -> list[dict]:
     images, (runs, model) = opened(cfg), check(cfg)
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype), cfg.device, random_weights=cfg.random_weights)
     asked, pictures, clock, lines = questions(cfg, vlm, images), vlm.pictures([images]), Clock(vlm.device), []
-    ways = []
+    ways, look = [], {name: what for each in cfg.methods for name, what in BASELINES[each].look(vlm).items()}
     for number, question in enumerate(asked, 1):
         if number == 1:                                # all once in silence, for whatever runs first is slow
             ways = ways_of(cfg, vlm, runs)
-            units = vlm.encode(pictures)
+            units = vlm.encode(pictures, look)
             with redirect_stdout(io.StringIO()):
                 for way in ways:
                     ask(cfg, vlm, way, images, units, question, 0.)
                     way.chat = None
             with clock("vision", 1):
-                units = vlm.encode(pictures)
+                units = vlm.encode(pictures, look)
         ms = clock.ms("vision") if number == 1 else 0.
         found = [{"turn": number, **ask(cfg, vlm, way, images, units, question, ms)} for way in ways]
         for x in found:

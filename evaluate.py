@@ -29,9 +29,54 @@ from transformers import HfArgumentParser
 import autoselect
 import recon_selector
 import stepprune
-from baselines import cls_attention, dart, fastv, pact, pdrop, random, sparsevlm
-from benchmarks import predictions, rebuild, runner, scenes, scores, world
-from benchmarks.asking import Asked, Selector, answered, per_picture, recall
+from baselines import (
+    cdpruner,
+    cls_attention,
+    dart,
+    divprune,
+    fastv,
+    hiprune,
+    hired,
+    holov,
+    pact,
+    pdrop,
+    prumerge,
+    prunesid,
+    random,
+    sparsevlm,
+    tome,
+    visionzip,
+)
+from benchmarks import (
+    ai2d,
+    chartqa,
+    classify,
+    docvqa,
+    egoschema,
+    gqa,
+    infovqa,
+    longvideobench,
+    mmbench,
+    mmbench_cn,
+    mme,
+    mmmu,
+    nextqa,
+    pope,
+    predictions,
+    rebuild,
+    runner,
+    scenes,
+    scienceqa,
+    scores,
+    seed,
+    seed_all,
+    seed_video,
+    textvqa,
+    vizwiz,
+    vqav2,
+    world,
+)
+from benchmarks.asking import Asked, Selector, answered, for_all, per_picture, recall
 from benchmarks.questions import sample
 from benchmarks.report import (
     PUBLISHED,
@@ -51,14 +96,19 @@ from common import FrozenVLM, Units
 from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_tokens, draw_training
 from train import load_run, option, read_run, write_whole
 
-BASELINES = {"random": random.select, "cls_attention": cls_attention.select}
+BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
+             "holov": holov, "prunesid": prunesid, "cdpruner": cdpruner, "visionzip": visionzip, "prumerge": prumerge,
+             "prumerge+": prumerge, "tome": tome}
 # name -> module and more of its stages(); those that drop in stages count K on average over layers, or after the last
 INSIDE = {"fastv": (fastv, {}), "dart": (dart, {}), "pact": (pact, {}), "pdrop": (pdrop, {}),
           "pdrop_last": (pdrop, {"count": "last"}), "sparsevlm": (sparsevlm, {}),
           "sparsevlm_last": (sparsevlm, {"count": "last"}), "sparsevlm_plus": (sparsevlm, {"plus": True}),
           "sparsevlm_plus_last": (sparsevlm, {"plus": True, "count": "last"})}
 # name -> module with NAME, MAIN, load() and score(); a local copy is the folder of this name
-BENCHMARKS = {"scenes": world}
+BENCHMARKS = {"scenes": world, "gqa": gqa, "mmbench": mmbench, "mmbench_cn": mmbench_cn, "mme": mme, "pope": pope,
+              "scienceqa": scienceqa, "vqav2": vqav2, "textvqa": textvqa, "seed": seed, "seed_all": seed_all,
+              "vizwiz": vizwiz, "docvqa": docvqa, "infovqa": infovqa, "chartqa": chartqa, "mmmu": mmmu, "ai2d": ai2d,
+              "nextqa": nextqa, "egoschema": egoschema, "longvideobench": longvideobench, "seed_video": seed_video}
 # LLaVA-1.5's own prompt; the template that comes with it on the hub lacks the first sentence
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions. "
@@ -74,9 +124,10 @@ class EvalConfig:
         "help": "run folders [the latest in runs/]; several (seeds) give one line each, then mean and spread"})
     model: str | None = option(None, "the frozen VLM [the run's own]")
     methods: list[str] = field(default_factory=lambda: ["random", "cls_attention"], metadata={
-        "help": "baselines beside the runs: random, cls_attention; evidence keeps what covers the asked things most; "
-                "inside the language model fastv, dart, pact, pdrop, sparsevlm, sparsevlm_plus, of the last three also "
-                "..._last, whose K is the number after the last stage and not the mean over layers; or all"})
+        "help": f"baselines beside the runs: {', '.join([*BASELINES, *INSIDE])}; K of ..._last is the number after the "
+                "last stage, not the mean over layers; evidence keeps what covers the asked things most; all: each"})
+    positions: str = option("original", "of the tokens that are kept; reindex: numbered anew, as the released code of "
+                                        "most rivals does", choices=["original", "reindex"])
     curves: str | None = option(None, "draw the training curves of --run into this file and do nothing else")
     gated: bool = option(False, "also answer through each run's noise gate instead of removing tokens (Figure 5)")
     budgets: list[float] = field(default_factory=lambda: [48, 32, 16], metadata={
@@ -110,6 +161,12 @@ class EvalConfig:
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
                                    choices=[*PUBLISHED])
+    classify: str | None = option(None, "a ViT classifier, tiny/vit, a folder or hub id, that sees the chosen patches "
+                                        "of --n pictures alone, instead of the VLM's answers (AutoSelect 4.3)")
+    images: str | None = option(None, "with --classify: a folder of class folders [the tiny world's scenes]")
+    labels: str | None = option(None, "with --classify --images: JSON of each class folder's name -> index or label "
+                                      "[its name is the label]")
+    rule: str = option("nearest", "with --classify: how a mask reaches another grid", choices=["nearest", "area"])
     speed: bool = option(False, "time selection and prefill on a LLaVA-shaped model with random weights instead")
 
     def __post_init__(self):
@@ -124,6 +181,21 @@ class EvalConfig:
 
 
 # --------------------------------------------------------------------------------------------------- measuring
+
+def rival(name: str, vlm) -> Selector:
+    """A baseline of BASELINES. Raises ValueError, with the reason, if it cannot serve this backbone."""
+    module = BASELINES[name]
+    look = module.look(vlm)
+    if name == "cdpruner":
+        return Selector(lambda asked, k: cdpruner.select(asked.units, k, question=asked.question), look=look)
+    if name == "tome":
+        blocks = vlm.adapter.deep + 1
+        return Selector(lambda asked, k: for_all(asked.owner, tome.select(
+            asked.pictures, k, tower=asked.merged, blocks=blocks)), each=False, look=look)
+    if name == "prumerge+":
+        return per_picture(lambda units, k: prumerge.select(units, k, plus=True), look)
+    return per_picture(module.select, look)
+
 
 def evidence_of(rows, units) -> list[torch.Tensor]:
     """For every question of every row, (n_b,) share of each unit that shows its answer; 0 everywhere where the picture
@@ -153,17 +225,18 @@ def prompts(vlm, part, twice: bool = False):
 
 
 @torch.no_grad()
-def ask(vlm, part, clock=None, twice=False) -> tuple[Asked, dict]:
+def ask(vlm, part, clock=None, twice=False, look=None) -> tuple[Asked, dict]:
     """The questions of some rows as Asked, and as the batch that the VLM answers; twice: before the image too."""
     owner = [b for b, row in enumerate(part) for _ in row.questions]
     pixels, batch = vlm.pictures([row.image for row in part]), prompts(vlm, part, twice)
     with (clock or Clock(vlm.device))("vision", len(part)):
-        units = vlm.encode(pixels)
-    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units)), batch
+        units = vlm.encode(pixels, look)
+    return Asked(units, owner, units.rows(owner), vlm.question(batch), evidence_of(part, units),
+                 merged=lambda rule: vlm.merged(pixels, rule)), batch
 
 
 @torch.no_grad()
-def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict, Clock]:
+def measure(vlm, selectors: dict, rows, budgets, batch: int = 32, positions: str = "original") -> tuple[dict, Clock]:
     """Answer all questions with all tokens and with each selector's K -> ({(name, K): list of Hit}, clock).
 
     selectors: name -> Selector, or an AutoSelect module, whose gate then drowns tokens instead of removing them. The
@@ -171,18 +244,20 @@ def measure(vlm, selectors: dict, rows, budgets, batch: int = 32) -> tuple[dict,
     """
     results, clock = {}, Clock(vlm.device)
     torch.manual_seed(0)                               # of a random scorer and of the noise in a gate
+    look = {name: what for s in selectors.values() for name, what in getattr(s, "look", {}).items()}
     turns = [("vanilla", 0), *((name, k) for name, s in selectors.items()
                                for k in getattr(s, "budgets", None) or budgets)]
     for start in tqdm(range(0, len(rows), batch), "evaluate"):
         part = rows[start:start + batch]
-        asked, questions = ask(vlm, part, clock)
+        asked, questions = ask(vlm, part, clock, look=look)
         inside = any(getattr(s, "layer", None) is not None for s in selectors.values())
         doubled = prompts(vlm, part, twice=True) if inside else None
         gold = [(q, len(row.scene.things)) for row in part for q in row.questions]
         for name, budget in turns:
             selector = selectors.get(name)
             twice = getattr(selector, "layer", None) is not None
-            said = answered(vlm, selector, asked, doubled if twice else questions, f"{name} {budget}", budget, clock, 4)
+            said = answered(vlm, selector, asked, doubled if twice else questions, f"{name} {budget}", budget, clock, 4,
+                            positions)
             found = recall(said.keep, asked.evidence) if said.keep else [1.] * len(gold)
             kept = [len(k) for k in said.keep] if said.keep else [len(e) for e in asked.evidence]
             seen = [token_budget(n, left, len(vlm.lm.layers)) if getattr(selector, "stages", None) else None
@@ -254,6 +329,7 @@ def look(selector, units, question, k: int, biases: dict | None, most: int | Non
 def check(cfg: EvalConfig) -> tuple[list[str], str]:
     """The runs to evaluate and their model. Raises before anything is loaded."""
     known = [*BASELINES, *INSIDE, "evidence"]
+    cfg.methods = known if cfg.methods == ["all"] else cfg.methods
     if unknown := set(cfg.methods) - {*known}:
         raise ValueError(f"methods={sorted(unknown)}: known are {known}, and all")
     runs = cfg.run or ([] if cfg.model else [latest_run()])
@@ -280,7 +356,7 @@ def at_depth(layers: tuple, depth: int) -> tuple:
     return tuple(found)
 
 
-def rival(vlm, name: str, budgets, known: bool = True) -> Selector:
+def rival_inside(name: str, vlm, budgets, known: bool = True) -> Selector:
     """A rival inside the language model, at the budgets that its schedule can have; the others are printed. known: the
     pictures are the tiny world's; else each is tried when it comes."""
     (module, how), depth, possible = INSIDE[name], len(vlm.lm.layers), []
@@ -327,13 +403,14 @@ def kinds_of(cfg: EvalConfig, selector, config, biases: dict | None) -> dict:
 
 def selectors_of(cfg: EvalConfig, vlm, trained: dict, biases: dict) -> tuple[dict, dict]:
     """name -> Selector for baselines and runs, and label -> names of the runs that differ in their seed alone."""
-    baselines = {"evidence": Selector(lambda asked, k: oracle(asked.evidence, k)),
-                 **{name: per_picture(select) for name, select in BASELINES.items()},
-                 **{name: rival(vlm, name, cfg.budgets, not cfg.benchmarks) for name in INSIDE if name in cfg.methods}}
-    selectors = {name: baselines[name] for name in cfg.methods
-                 if name != "cls_attention" or vlm.adapter.has_cls}
-    for name in set(cfg.methods) - set(selectors):
-        print(f"{name}: left out, this vision encoder gives no attention of [CLS]")
+    selectors = {}
+    for name in cfg.methods:
+        try:
+            selectors[name] = (Selector(lambda asked, k: oracle(asked.evidence, k)) if name == "evidence" else
+                               rival_inside(name, vlm, cfg.budgets, not cfg.benchmarks) if name in INSIDE else
+                               rival(name, vlm))
+        except ValueError as error:
+            print(f"{name}: left out, {error}")
     groups = {}
     for name, (selector, config) in trained.items():
         more = kinds_of(cfg, selector, config, biases[name])
@@ -365,10 +442,12 @@ def main(args=None) -> list[dict]:
     out = Path(cfg.out or (runs[0] if runs else f"runs/{Path(model).name}"))
     out.mkdir(parents=True, exist_ok=True)
     trained = {str(run): load_run(run, vlm) for run in runs}
-    biases = {name: bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
+    biases = {name: None if cfg.classify else bias_of(cfg, vlm, selector) for name, (selector, _) in trained.items()}
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
+    if cfg.classify:
+        return report_classify(cfg, vlm, selectors, out)
     rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
-    results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch)
+    results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch, cfg.positions)
     lines = summarise(results, clock)
     for label, names in groups.items():
         lines += spread(lines, names, label)
@@ -416,7 +495,7 @@ def main(args=None) -> list[dict]:
 def by_name(seed: int) -> Selector:
     """Random tokens that depend on the picture and the seed alone, whatever batch it comes in."""
     def chosen(asked, k):
-        keep = [random.select(asked.pictures.rows([b]), k, zlib.crc32(f"{seed} {name}".encode()))[0]
+        keep = [random.select(asked.pictures.rows([b]), k, seed=zlib.crc32(f"{seed} {name}".encode()))[0]
                 for b, name in enumerate(asked.names)]
         return [keep[b] for b in asked.owner]
     return Selector(chosen, each=False)
@@ -472,20 +551,22 @@ def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
     asked, options = {}, options_of(cfg)
     for name in cfg.benchmarks:                        # all, before the first is asked
         path = Path(cfg.data_root, name) if cfg.data_root and name != "scenes" else None
-        asked[name] = sample(BENCHMARKS[name].load(path, family=vlm.family, **options[name]), cfg.sample, cfg.seed)
+        asked[name] = sample(BENCHMARKS[name].load(path, family=vlm.family, **options[name]), cfg.sample, cfg.seed,
+                             scores.group)
     turns, weights = turns_of(cfg, vlm, runs)
     for name, questions in asked.items():
         files = {}
         for method, k in turns:
             header = {"benchmark": name, "model": model, "fingerprint": vlm.fingerprint(), "method": method,
-                      "budget": k, "style": cfg.style, "pad": pad, "options": options[name], "sample": cfg.sample,
+                      "budget": k, "style": cfg.style, "pad": pad, "options": options[name],
+                      "positions": cfg.positions, "sample": cfg.sample,
                       "seed": cfg.seed, "dtype": cfg.dtype, "questions": len(questions), **weights.get(method, {}),
                       "versions": {package: version(package) for package in ("torch", "transformers")}}
             files[method, k] = predictions.Predictions(
                 out / "predictions" / name / f"{predictions.name(method, k)}.jsonl", header, questions,
                 state.process_index, state.num_processes)
         runner.run(vlm, questions, turns, files, cfg.batch, pad, cfg.seed, state.process_index, state.num_processes,
-                   name)
+                   name, cfg.positions)
         if cfg.ratio and state.is_main_process:
             print(f"\n{name}\n{runner.compare(vlm, questions[:cfg.ratio], turns, cfg.batch, pad)}\n")
     state.wait_for_everyone()
@@ -498,8 +579,11 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     lines = scores.summarise(files, BENCHMARKS, cfg.seed, cfg.resamples)
     names = {name: BENCHMARKS[name].NAME for name in files}
     quoted = scores.printed(lines, cfg.backbone or scores.backbone(header["model"]))
-    text = "\n\n".join(filter(None, [scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names),
-                                     scores.cost_table(lines), scores.kept_table(lines, names)]))
+    parts = [scores.parts_table(lines, name, BENCHMARKS[name].MAIN) for name in names]
+    text = "\n\n".join(filter(None, [
+        scores.table(lines, names, quoted, cfg.partial), *scores.notes(quoted, names), scores.seeds_table(lines, names),
+        *(f"{names[name]}, part by part:\n\n{part}" for name, part in zip(names, parts) if part),
+        scores.cost_table(lines), scores.kept_table(lines, names)]))
     whole = scores.comparable(lines)
     if (few := [f"{x['method']} {x['K']}" for x in lines if x["benchmarks"] < len(whole)]) and not cfg.partial:
         text += (f"\n\nNo average of {', '.join(few)}: they lack some of {', '.join(whole)}, and averages over "
@@ -511,6 +595,22 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     write_whole(out / "benchmarks.md", lambda p: p.write_text(text + "\n"))
     if cfg.pictures:
         draw_tokens(lines, names, out / "benchmarks.png")
+    return lines
+
+
+def report_classify(cfg: EvalConfig, vlm, selectors: dict, out: Path) -> list[dict]:
+    """--classify: the table of benchmarks/classify.py, printed and saved: classify.md, classify.json."""
+    net = classify.Classifier.from_pretrained(cfg.classify, cfg.device)
+    items = classify.ClassFolder(cfg.images, net.names, cfg.labels, cfg.n) if cfg.images else \
+        classify.Scenes(cfg.n, cfg.split)
+    blind = {name: s for name, s in selectors.items() if isinstance(s, Selector) and not s.each}
+    for name in [name for name in selectors if name not in blind]:
+        print(f"{name}: left out, it needs a question or the language model")
+    lines = classify.measure(vlm, net, blind, items, cfg.budgets, cfg.batch, cfg.rule)
+    print(f"\n{classify.table(lines)}\n\n{lines[0]['n']} pictures of {cfg.images or 'the tiny world'}, classifier "
+          f"{cfg.classify}, {vlm.family}'s masks on its {net.grid[0]} x {net.grid[1]} patches")
+    write_whole(out / "classify.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
+    write_whole(out / "classify.md", lambda p: p.write_text(classify.table(lines) + "\n"))
     return lines
 
 

@@ -25,7 +25,7 @@ Ours    - |x|_2 is the root of the mean square of a picture's tokens or pixels, 
         - Upsampling doubles while it fits into a patch, then resizes to the picture exactly.
 B.4     select(), scores() and forward() take any tokens. For the conditional selector v are the states of the visual
         tokens behind a middle layer of the language model, with the question in front of the image, and what is not
-        kept is dropped there: common.py's generate_within().
+        kept is dropped there: common's generate_within().
 Crops   A picture in crops (LLaVA-NeXT) is as many rows: each is selected, and rebuilt, alone.
 """
 

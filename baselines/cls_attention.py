@@ -1,21 +1,22 @@
-"""[CLS] attention: the K tokens that the vision encoder's [CLS] attends to most, in the layer the tokens come from.
+"""[CLS] attention, which is FasterVLM (arXiv:2412.01818): the K tokens that the vision encoder's [CLS]
+attends to most, mean over heads, in the layer the tokens come from (block 22 of CLIP-L in LLaVA). Crop by crop.
 
-The score behind FasterVLM (arXiv:2412.01818) and many others. Needs an encoder with a [CLS] token.
+Released code: the same; it renumbers the positions. Needs an encoder with a [CLS] token.
 """
 
-import torch
+from torch import Tensor
+
+from . import by_view, pictures, top
 
 
-def select(units, keep: int, seed: int = 0) -> list[torch.Tensor]:
-    """B ascending int64 tensors of exactly `keep` unit indices; of equals the first wins; seed is not used.
+def look(vlm) -> dict:
+    """Raises ValueError for an encoder without [CLS]."""
+    if not vlm.adapter.has_cls:
+        raise ValueError("this vision encoder has no [CLS] token, whose attention is all that cls_attention goes by")
+    return {"cls": ("cls", vlm.adapter.deep)}
 
-    units: common.Units, whose cls (M,) is the mean attention over heads. Raises ValueError for an encoder without
-    [CLS] (Qwen2.5-VL) and where an image has fewer than `keep` units.
-    """
-    if units.cls is None:
-        raise ValueError("this vision encoder has no [CLS] token (Qwen2.5-VL): cls_attention cannot serve it")
-    scores, valid = units.pad(units.cls.float())
-    if not 0 < keep <= int(valid.sum(1).min()):
-        raise ValueError(f"keep={keep} does not fit {int(valid.sum(1).min())} visual tokens")
-    order = scores.masked_fill(~valid, -1.).argsort(dim=1, descending=True, stable=True)
-    return list(order[:, :keep].sort(dim=1).values)
+
+def select(units, keep: int, *, seed: int = 0, as_released: bool = False) -> list[Tensor]:
+    """B ascending int64 tensors of exactly `keep` unit indices; neither seed nor as_released changes them."""
+    views, budgets = by_view(units, keep)
+    return units.together([here[top(a, k)].sort().values for here, k, a in pictures(views, budgets, "cls")])

@@ -2,15 +2,15 @@
 
 import torch
 
+from . import pictures
 
-def select(units, keep: int, seed: int = 0) -> list[torch.Tensor]:
-    """B ascending int64 tensors of exactly `keep` unit indices; the same for the same seed and shapes.
 
-    units: common.Units. Raises ValueError where an image shows fewer than `keep` units.
-    """
+def look(vlm) -> dict:
+    return {}
+
+
+def select(units, keep: int, *, seed: int = 0, as_released: bool = False) -> list[torch.Tensor]:
+    """B ascending int64 tensors of exactly `keep` unit indices; the same for the same seed and shapes."""
     generator = torch.Generator().manual_seed(seed)
-    shown = [valid.nonzero().flatten().cpu() for valid in units.pad(units.image_of)[1]]
-    fewest = min(len(row) for row in shown)
-    if not 0 < keep <= fewest:
-        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
-    return [row[torch.randperm(len(row), generator=generator)[:keep]].sort().values for row in shown]
+    return [here.cpu()[torch.randperm(len(here), generator=generator)[:k]].sort().values
+            for here, k in pictures(units, keep)]

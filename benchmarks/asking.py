@@ -16,7 +16,7 @@ class Asked(NamedTuple):
 
     pictures: units of each picture | units: of every question's picture, owner[q] | question: embeddings (Q, L, D) and
     valid (Q, L) | evidence[q]: (n,) share of each unit that shows the answer, None where it is not known
-    names[b]: what is the same for the same picture alone
+    names[b]: what is the same for the same picture alone | merged: FrozenVLM.merged() of pictures
     """
     pictures: Units
     owner: list[int]
@@ -24,6 +24,7 @@ class Asked(NamedTuple):
     question: tuple
     evidence: list | None
     names: list[str] | None = None
+    merged: Callable | None = None
 
     def only(self, pictures: list[int]) -> "Asked":
         """The questions about these pictures."""
@@ -34,8 +35,9 @@ class Asked(NamedTuple):
 
 
 class Selector(NamedTuple):
-    """select(asked, K) -> one keep a question. each: a selection per question, not one per picture. adaptive: K is a
-    mean over questions; else it is at most every picture's tokens, and below 1 a share of them.
+    """select(asked, K) -> one keep a question, or (these, features in place of the kept units' own). each: a selection
+    per question, not one per picture. adaptive: K is a mean over questions; else it is at most every picture's tokens,
+    and below 1 a share of them. look: what encode() has to show it.
 
     layer: select(states, valid, K) chooses in front of this layer of the language model, from its states, and the
     question stands before the image too; 0 for a question so placed and nothing removed. budgets: its own.
@@ -47,6 +49,7 @@ class Selector(NamedTuple):
     budgets: tuple | None = None
     stages: Callable | None = None
     adaptive: bool = False
+    look: dict = {}
 
 
 class Answers(NamedTuple):
@@ -59,7 +62,7 @@ class Answers(NamedTuple):
 
 
 class Impossible(ValueError):
-    """A rival inside the language model cannot keep K of so many tokens."""
+    """A selection cannot keep K of such tokens, or serve such pictures at all."""
 
 
 class Stamps:
@@ -75,12 +78,18 @@ class Stamps:
         self.put(None)
 
 
-def per_picture(select) -> Selector:
+def for_all(owner: list[int], found):
+    """What was chosen for each picture -> the same for each question."""
+    if isinstance(found, tuple):
+        keep, feats = found
+        parts = feats.split([len(k) for k in keep])
+        return [keep[b] for b in owner], torch.cat([parts[b] for b in owner])
+    return [found[b] for b in owner]
+
+
+def per_picture(select, look: dict | None = None) -> Selector:
     """A selection that knows no question serves all of a picture's. select(units, K) -> one keep a picture."""
-    def chosen(asked, k):
-        keep = select(asked.pictures, k)
-        return [keep[b] for b in asked.owner]
-    return Selector(chosen, each=False)
+    return Selector(lambda asked, k: for_all(asked.owner, select(asked.pictures, k)), each=False, look=look or {})
 
 
 def wanted(budget, tokens: int):
@@ -99,16 +108,23 @@ def by_budget(budget, tokens: list[int]) -> dict:
     return groups
 
 
-def chosen(selector: Selector, asked: Asked, budget) -> list[torch.Tensor]:
-    """keep of every question; pictures that want the same K are selected from together."""
-    if selector.adaptive:
-        return selector.select(asked, budget)
-    groups = by_budget(budget, asked.pictures.pad(asked.pictures.image_of)[1].sum(1).tolist())
-    keep = {}
+def chosen(selector: Selector, asked: Asked, budget) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """keep of every question, and the features in place of the kept units' own, or None; pictures that want the same K
+    are selected from together."""
+    groups = {budget: None} if selector.adaptive else by_budget(
+        budget, asked.pictures.pad(asked.pictures.image_of)[1].sum(1).tolist())
+    if len(groups) == 1:
+        found = selector.select(asked, next(iter(groups)))
+        return found if isinstance(found, tuple) else (found, None)
+    keep, feats = {}, {}
     for k, pictures in groups.items():
-        part = asked if len(groups) == 1 else asked.only(pictures)
-        keep |= zip((q for q, b in enumerate(asked.owner) if b in pictures), selector.select(part, k))
-    return [keep[q] for q in range(len(asked.owner))]
+        found, mine = selector.select(asked.only(pictures), k), [q for q, b in enumerate(asked.owner) if b in pictures]
+        if isinstance(found, tuple):
+            found, merged = found
+            feats |= zip(mine, merged.split([len(row) for row in found]))
+        keep |= zip(mine, found)
+    order = range(len(asked.owner))
+    return [keep[q] for q in order], torch.cat([feats[q] for q in order]) if feats else None
 
 
 def recall(keep, evidence) -> list[float]:
@@ -128,12 +144,13 @@ def timed(clock: Clock, stage: str, items: int, generate) -> list[str]:
 
 
 @torch.no_grad()
-def answered(vlm, selector, asked: Asked, batch, stage: str, budget, clock: Clock, limit: int) -> Answers:
+def answered(vlm, selector, asked: Asked, batch, stage: str, budget, clock: Clock, limit: int,
+             positions: str = "original") -> Answers:
     """The questions of a batch, answered as a Selector wants it, with all tokens if it is None, or through the gate of
     an AutoSelect module. The batch asks before the image too where the selector's layer is not None. stage: what the
     clock calls it: "select <stage>" counts selections, "prefill" and "decode" questions. limit: most new tokens."""
     if getattr(selector, "stages", None) or getattr(selector, "layer", None) is not None:
-        return within(vlm, batch, asked.units, selector, stage, budget, clock, limit)
+        return within(vlm, batch, asked.units, selector, stage, budget, clock, limit, positions)
     feats, keep = None, None
     with clock(f"select {stage}", len(asked.owner if getattr(selector, "each", False) else asked.pictures.grid)):
         if isinstance(selector, torch.nn.Module):                            # Figure 5: drowned, not removed
@@ -141,20 +158,25 @@ def answered(vlm, selector, asked: Asked, batch, stage: str, budget, clock: Cloc
             gated = asked.pictures.flat(selector(v, valid, budget)[0])
             feats = replace(asked.pictures, feats=gated).rows(asked.owner).feats
         elif selector:
-            keep = chosen(selector, asked, budget)
-    prompt = vlm.prune(batch, asked.units, keep) if keep else vlm.embed(batch, asked.units, feats)
+            try:
+                keep, feats = chosen(selector, asked, budget)
+            except ValueError as error:
+                raise Impossible(str(error)) from error
+    prompt = (vlm.prune(batch, asked.units, keep, feats, positions) if keep else
+              vlm.embed(batch, asked.units, feats))
     texts = timed(clock, stage, len(asked.owner), lambda stream: vlm.generate(prompt, limit, stream))
     return Answers(texts, keep, prompt.is_visual.sum(1).tolist(), [{}] * len(texts))
 
 
-def within(vlm, batch, units: Units, selector: Selector, stage: str, budget, clock: Clock, limit: int) -> Answers:
+def within(vlm, batch, units: Units, selector: Selector, stage: str, budget, clock: Clock, limit: int,
+           positions: str = "original") -> Answers:
     """answered() for a selection inside the language model: rows that want the same K go through it together."""
     prompt = vlm.embed(batch, units)
     entered = prompt.is_visual.sum(1).tolist()
     groups, found = by_budget(budget, entered), {}
     for k, rows in groups.items():
         part = prompt if len(groups) == 1 else rows_of(prompt, rows)
-        found |= zip(rows, staged(vlm, part, [entered[b] for b in rows], selector, k, stage, clock, limit))
+        found |= zip(rows, staged(vlm, part, [entered[b] for b in rows], selector, k, stage, clock, limit, positions))
     texts, keep, later = zip(*(found[b] for b in range(len(entered))))
     return Answers(list(texts), None if keep[0] is None else list(keep), entered, list(later))
 
@@ -166,7 +188,8 @@ def rows_of(prompt: Prompt, rows: list[int]) -> Prompt:
     return part.only(part.mask.bool())
 
 
-def staged(vlm, prompt: Prompt, entered: list[int], selector: Selector, k, stage: str, clock: Clock, limit: int):
+def staged(vlm, prompt: Prompt, entered: list[int], selector: Selector, k, stage: str, clock: Clock, limit: int,
+           positions: str = "original"):
     """Of every row: its answer, the indices of what was kept to the end, or None for all, {layer: tokens left}."""
     kept = {}
     if selector.stages:
@@ -186,7 +209,8 @@ def staged(vlm, prompt: Prompt, entered: list[int], selector: Selector, k, stage
             return found
         return watch
     stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
-    texts = timed(clock, stage, len(entered), lambda stream: vlm.generate_within(prompt, stages, limit, stream))
+    texts = timed(clock, stage, len(entered),
+                  lambda stream: vlm.generate_within(prompt, stages, limit, stream, positions))
     if not stages:
         clock.add(f"select {stage}", 0., len(entered))                       # nothing is selected, in no time
     last = kept[max(kept)] if kept else [None] * len(entered)

@@ -197,7 +197,7 @@ class FeatureCache:
                     index.write(json.dumps(self.pictures[-1]) + "\n")
 
     def units(self, numbers) -> Units:
-        """The Units of some pictures, in this order; without cls."""
+        """The Units of some pictures, in this order; nothing else was seen."""
         whole, feats, shown = np.memmap(self.bin, np.uint8, "r"), [], []
         chosen = [self.pictures[i] for i in numbers]
         for i, picture in zip(numbers, chosen):

@@ -121,8 +121,9 @@ def picture(cell: dict) -> Image.Image:
     return open_picture(cell["path"] or "picture without a name", cell["bytes"])
 
 
-def sample(questions, n: int | None, seed: int = 0) -> list[Question]:
-    """n of the questions drawn at random, in their order; all where there are no more, or n is None.
+def sample(questions, n: int | None, seed: int = 0, group=lambda row: row["id"]) -> list[Question]:
+    """n of the questions, or a few more, drawn at random, in their order; all where there are no more, or n is None.
+    Those of which group({"id", "gold"}) says the same are drawn together, for they are scored as one.
 
     Raises ValueError for an id that two of them have.
     """
@@ -134,5 +135,12 @@ def sample(questions, n: int | None, seed: int = 0) -> list[Question]:
                          "one question each")
     if n is None or n >= len(questions):
         return list(questions)
-    chosen = np.random.default_rng(seed).choice(len(questions), n, replace=False)
-    return [questions[int(i)] for i in sorted(chosen)]
+    groups, chosen = {}, []
+    for i, question in enumerate(questions):
+        groups.setdefault(group({"id": question.id, "gold": question.gold}), []).append(i)
+    groups = list(groups.values())
+    for number in np.random.default_rng(seed).permutation(len(groups)):
+        if len(chosen) >= n:
+            break
+        chosen += groups[number]
+    return [questions[i] for i in sorted(chosen)]

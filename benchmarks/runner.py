@@ -40,9 +40,11 @@ def batches(questions, size: int) -> list[list[tuple[int, object]]]:
     return parts
 
 
-def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = False) -> tuple[Asked, dict, dict | None]:
-    """The questions as Asked, every different picture encoded once; as the batch that the VLM answers; and, if twice,
-    as one that asks before the image too. Raises ValueError naming questions that cannot be read, or are too long."""
+def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = False,
+        look: dict | None = None) -> tuple[Asked, dict, dict | None]:
+    """The questions as Asked, every different picture encoded once, to show what FrozenVLM.encode() knows by look; as
+    the batch that the VLM answers; and, if twice, as one that asks before the image too. Raises ValueError naming
+    questions that cannot be read, or are too long."""
     rows, first, owner = [], {}, []
     for _, question in part:
         try:
@@ -62,26 +64,29 @@ def ask(vlm, part, clock: Clock, prepare=lambda image: image, twice: bool = Fals
         names = ", ".join(question.id for _, question in part)
         raise ValueError(f"{error}. The rows, from 0, are the questions {names}") from error
     with clock("vision", len(first)):
-        units = vlm.encode(pixels)
-    return Asked(units, owner, units.rows(owner), vlm.question(batch), None, list(first)), batch, doubled
+        units = vlm.encode(pixels, look)
+    return Asked(units, owner, units.rows(owner), vlm.question(batch), None, list(first),
+                 lambda rule: vlm.merged(pixels, rule)), batch, doubled
 
 
 @torch.no_grad()
-def answer(vlm, part, turns: dict, prepare=lambda image: image, seed: int = 0) -> dict:
+def answer(vlm, part, turns: dict, prepare=lambda image: image, seed: int = 0, positions: str = "original") -> dict:
     """{turn: the rows of a predictions file} of one batch, or an Impossible where K cannot be had.
 
     part: [(number, question), ...] of the same limit | turns: {(method, budget): Selector, or None for all tokens}
     """
     clock, found = Clock(vlm.device), {}
     inside = [getattr(selector, "layer", None) is not None for selector in turns.values()]
-    asked, batch, doubled = ask(vlm, part, clock, prepare, any(inside))
+    look = {name: what for selector in turns.values() for name, what in getattr(selector, "look", {}).items()}
+    asked, batch, doubled = ask(vlm, part, clock, prepare, any(inside), look)
     shown = asked.units.pad(asked.units.image_of)[1].sum(1).tolist()
     texts = ((batch["attention_mask"] != 0) & (batch["input_ids"] != vlm.image_id)).sum(1).tolist()
     twice = doubled and ((doubled["attention_mask"] != 0) & (doubled["input_ids"] != vlm.image_id)).sum(1).tolist()
     for (turn, selector), before in zip(turns.items(), inside):
         torch.manual_seed(seed + part[0][0])           # of a random scorer
         try:
-            said = answered(vlm, selector, asked, doubled if before else batch, turn, turn[1], clock, part[0][1].limit)
+            said = answered(vlm, selector, asked, doubled if before else batch, turn, turn[1], clock, part[0][1].limit,
+                            positions)
         except Impossible as error:
             found[turn] = error
             continue
@@ -103,7 +108,7 @@ def row(vlm, clock: Clock, turn, numbered, q: int, said: Answers, shown: int, te
 
 
 def run(vlm, questions, turns: dict, files: dict[tuple, Predictions], batch: int = 8, pad: str = "none", seed: int = 0,
-        process: int = 0, processes: int = 1, title: str = "") -> None:
+        process: int = 0, processes: int = 1, title: str = "", positions: str = "original") -> None:
     """Answer what the files lack, each with its turn of `turns`, see answer(); every process its share of the batches.
 
     A batch that was cut off is answered again as a whole, with the same neighbours, and completed: the files come out
@@ -116,7 +121,7 @@ def run(vlm, questions, turns: dict, files: dict[tuple, Predictions], batch: int
                    if any(question.id not in files[turn].done for _, question in part)}
         if not lacking:
             continue
-        for turn, rows in answer(vlm, part, lacking, prepare, seed).items():
+        for turn, rows in answer(vlm, part, lacking, prepare, seed, positions).items():
             if isinstance(rows, Impossible):
                 print(f"{turn[0]} {turn[1]}: left out, {rows}")
                 del turns[turn]

@@ -4,6 +4,7 @@ Needs the files alone: no GPU, no model, no data set.
 """
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from benchmarks import predictions
 
 VANILLA = ("vanilla", 0)
+SEED = re.compile(r"_s\d+\b")
 PRINTED = Path(__file__).with_name("published.json")
 
 
@@ -31,7 +33,7 @@ def found(folder: Path, modules: dict) -> tuple[dict, dict]:
         if name not in modules:
             raise ValueError(f"{path} is of the benchmark {name!r}: known are {', '.join(modules)}")
         first = first or header
-        for key in ("model", "fingerprint", "dtype", "style"):
+        for key in ("model", "fingerprint", "dtype", "style", "positions"):
             if header.get(key) != first.get(key):
                 raise ValueError(f"{path} has the {key} {header.get(key)!r}, another file {first.get(key)!r}: one "
                                  "folder holds the answers of one model, asked in one way; move one of them away")
@@ -194,7 +196,7 @@ def table(lines: list[dict], names: dict, quoted=(), partial: bool = False) -> s
     def average(value, n):
         return "-" if value is None or (n < len(entering) and not partial) else f"{value:.1f}"
     for line in lines:
-        cells = [line["method"], "all" if line["K"] == 0 else str(line["K"])]
+        cells = [line["method"], budget(line["K"])]
         for name in names:
             if (x := line["scores"].get(name)) is None:
                 cells.append("-")
@@ -223,6 +225,43 @@ def comparable(lines: list[dict]) -> list[str]:
     return [name for line in lines if line["K"] == 0 for name, x in line["scores"].items() if x["value"]]
 
 
+def parts_table(lines: list[dict], name: str, main: str) -> str:
+    """The parts of one benchmark's score, such as categories, as Markdown; "" if it has none."""
+    counts = {"value", "interval", "retention", "retention_interval", "n", "unmatched", main}
+    keys = [key for key, x in lines[0]["scores"].get(name, {}).items() if key not in counts and isinstance(x, float)]
+    out = ["| " + " | ".join(["method", "K", *keys, "n", "retention %"]) + " |", "|" + "---|" * (len(keys) + 4)]
+    for line in lines if keys else ():
+        if x := line["scores"].get(name):
+            cells = [line["method"], budget(line["K"]), *(f"{x.get(key, np.nan):.1f}" for key in keys), str(x["n"]),
+                     f"{x['retention']:.1f}" if "retention" in x else "-"]
+            out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) if keys else ""
+
+
+def seeds_table(lines: list[dict], names: dict) -> str:
+    """Retention of runs that differ in the seed at the end of their name, <run>_s0, <run>_s1: mean ± standard deviation
+    (n - 1), as Markdown; "" if there are none."""
+    groups = {}
+    for line in lines:
+        if found := SEED.search(line["method"]):
+            groups.setdefault((SEED.sub("", line["method"]), line["K"]), []).append((found[0], line))
+    groups = {key: [line for _, line in same] for key, same in groups.items() if len(same) > 1}
+    out = ["| runs | n | K | kept | " + " | ".join(f"{title}: retention %" for title in names.values()) + " |",
+           "|" + "---|" * (4 + len(names))]
+    for (name, k), same in groups.items():
+        cells = [name, str(len(same)), budget(k), f"{np.mean([x['cost']['kept'] for x in same]):.1f}"]
+        for each in names:
+            found = [x["scores"][each]["retention"] for x in same if "retention" in x["scores"].get(each, {})]
+            cells.append(f"{np.mean(found):.1f} ±{np.std(found, ddof=1):.1f}" if len(found) > 1 else "-")
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) if groups else ""
+
+
+def budget(k) -> str:
+    """K as a table shows it: a number of tokens, or a share of them."""
+    return "all" if k == 0 else f"{100 * k:.1f} %" if not isinstance(k, str) and k < 1 else str(k)
+
+
 def notes(quoted, names) -> list[str]:
     """What the letters beside the printed figures of these benchmarks stand for."""
     flags = json.loads(PRINTED.read_text())["flags"]
@@ -231,16 +270,19 @@ def notes(quoted, names) -> list[str]:
 
 
 def cost_table(lines: list[dict]) -> str:
-    """Tokens, FLOPs of the language model's prompt and milliseconds, mean over benchmarks, as Markdown."""
+    """Tokens, FLOPs of the language model's prompt and milliseconds a question, mean over benchmarks, as Markdown; the
+    selection and the prefill also in percent of the prefill with all tokens in the same run."""
     head = ["method", "K", "kept", "enter", "in the last layer", "mean over layers", "prefill GFLOPs", "vision ms",
-            "select ms", "prefill ms", "decode ms"]
+            "select ms", "%", "prefill ms", "%", "decode ms"]
+    whole = next((line["cost"]["prefill_ms"] for line in lines if line["K"] == 0), float("nan"))
     keys = ("entering", "last_layer", "layer_mean")
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for line in lines:
         x = line["cost"]
-        cells = [line["method"], "all" if line["K"] == 0 else str(line["K"]), f"{x['kept']:.1f}",
-                 *(f"{x[key]:.1f}" for key in keys), f"{x['gflops']:.4g}",
-                 *(f"{x[f'{stage}_ms']:.2f}" for stage in ("vision", "select", "prefill", "decode"))]
+        select, prefill = (f"{x[f'{stage}_ms']:.2f} | {100 * x[f'{stage}_ms'] / whole:.1f}"
+                           for stage in ("select", "prefill"))
+        cells = [line["method"], budget(line["K"]), f"{x['kept']:.1f}", *(f"{x[key]:.1f}" for key in keys),
+                 f"{x['gflops']:.4g}", f"{x['vision_ms']:.2f}", select, prefill, f"{x['decode_ms']:.2f}"]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out)
 
@@ -251,7 +293,7 @@ def kept_table(lines: list[dict], names: dict) -> str:
     for line in lines:
         kept = {name: f"{x['kept']:.1f}" for name, x in line["costs"].items()}
         if len(set(kept.values())) > 1:
-            cells = [line["method"], "all" if line["K"] == 0 else str(line["K"]), *(kept.get(n, "-") for n in names)]
+            cells = [line["method"], budget(line["K"]), *(kept.get(name, "-") for name in names)]
             out.append("| " + " | ".join(cells) + " |")
     head = ["method", "K", *(f"kept, {title}" for title in names.values())]
     return "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *out]) if out else ""

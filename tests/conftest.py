@@ -41,5 +41,5 @@ def vlm(path):
 
 @pytest.fixture(scope="module")
 def stock(path):
-    """The same checkpoint, untouched by common.py."""
+    """The same checkpoint, untouched by common/."""
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")

@@ -83,7 +83,7 @@ def test_every_family_and_method_answers_as_generate_does(vlm, path, family, tmp
     tokens = int(units.pad(units.image_of)[1].sum())
     assert len(units.grid) == 1 and units.views[0] >= 2 and tokens <= sum(units.counts)
     assert [x["kept"] for x in lines] == [tokens, *[9] * (1 + len(methods))] * 3
-    for name, keep in (("all tokens", None), ("random 9", answer.BASELINES["random"](units, 9))):
+    for name, keep in (("all tokens", None), ("random 9", answer.BASELINES["random"].select(units, 9))):
         said = []
         for question, x in zip(turns, [x for x in lines if x["way"] == name]):
             batch = single.batch([images], [[*said, (question, None)]])
@@ -139,7 +139,9 @@ def test_what_cannot_work_is_said_before_anything_is_answered(photo, tmp_path, m
             ([*asked, TURNS[0], "--image", photo, "nowhere.png"], ValueError, "cannot read --image nowhere.png"),
             ([*asked, TURNS[0], "--image", thin], ValueError, "cannot use --image .*thin.png: 2001x10 pixels"),
             ([*asked, TURNS[0], "--budgets", "0"], ValueError, "numbers from 1"),
-            ([*asked, TURNS[0], "--methods", "evidence"], ValueError, r"methods of \['random', 'cls_attention'\]"),
+            ([*asked, TURNS[0], "--methods", "evidence"], ValueError, r"methods of \['random', 'cls_attention'"),
+            ([*asked, TURNS[0], "--methods", "tome"], ValueError, r"methods of \['random', 'cls_attention'"),
+            ([*asked, TURNS[0], "--methods", "fastv"], ValueError, r"methods of \['random', 'cls_attention'"),
             ([*asked, TURNS[0], "--methods", "best"], ValueError, r"methods=\['best'\]: known are"),
             ([*asked, TURNS[0], "--run", str(tmp_path)], FileNotFoundError, "holds no finished run"),
             ([*asked, "how many ?", "--model", other], ValueError, "was trained for another backbone")]:

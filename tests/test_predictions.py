@@ -141,7 +141,7 @@ def test_launched_in_two_processes_it_makes_the_same_table(tmp_path):
                             str(port), "--", "evaluate.py", *arguments(tmp_path / "two", "llava", ["random"])],
                            capture_output=True, text=True)
     assert shown.returncode == 0, shown.stderr[-3000:]
-    assert shown.stdout.count("| vanilla | all |") == 2                        # two tables, of one process
+    assert shown.stdout.count("model tiny/llava, prompt checkpoint") == 1     # the tables of one process
     whole = evaluate.main(arguments(tmp_path / "one", "llava", ["random"]))
     two = json.loads((tmp_path / "two/benchmarks.json").read_text())["lines"]
     assert len([*(tmp_path / "two").rglob("*-of-00002.jsonl")]) == 6
@@ -251,10 +251,14 @@ def test_k_is_a_share_at_most_all_or_left_alone():
 
 def test_an_impossible_budget_leaves_its_turn_out_and_the_others_in(tiny, tmp_path, capsys):
     questions = sample(world.load(n=8), 6)
-    turns = {("pdrop", 4): evaluate.rival(tiny, "pdrop", [4], known=False), ("random", 4): evaluate.by_name(0)}
+    def refusing(units, k):
+        raise ValueError("no such pictures")
+    turns = {("pdrop", 4): evaluate.rival_inside("pdrop", tiny, [4], known=False), ("random", 4): evaluate.by_name(0),
+             ("refusing", 4): per_picture(refusing)}
     files = files_for(tmp_path, questions, turns)
     runner.run(tiny, questions, turns, files, 3)
-    assert "pdrop 4: left out, keep=4" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "pdrop 4: left out, keep=4" in said and said.count("refusing 4: left out, no such pictures") == 1
     assert not files["pdrop", 4].done and len(files["random", 4].done) == 6
     assert isinstance(runner.answer(tiny, [(0, questions[0])], turns)["pdrop", 4], Impossible)
 

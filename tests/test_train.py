@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import evaluate
 import stepprune
 import train
-from baselines import cls_attention, random
+from baselines import random
 from benchmarks import batches, scenes, speed
 from common import FrozenVLM
 
@@ -162,29 +162,6 @@ def test_unknown_method_and_too_large_a_budget_stop_before_training(tmp_path, vl
 
 
 # ------------------------------------------------------------------------------------------------- evaluate.py
-
-@pytest.mark.parametrize("select", [random.select, cls_attention.select])
-def test_baselines_keep_the_contract(vlm, select):
-    rows = scenes.load(8)
-    units = vlm.encode(vlm.batch([r.image for r in rows], [[("describe the scene .", None)] for r in rows]))
-    for k in (1, 16, 144):
-        keep = select(units, k)
-        assert all(len(i) == k and i.dtype == torch.int64 and (i[1:] > i[:-1]).all() for i in keep)
-        assert all(torch.equal(a, b) for a, b in zip(keep, select(units, k)))
-    for k in (0, 145):
-        with pytest.raises(ValueError, match=f"keep={k} does not fit 144"):
-            select(units, k)
-
-
-def test_cls_attention_takes_the_largest_and_names_the_encoder_without_one(vlm):
-    rows = scenes.load(1)
-    units = vlm.encode(vlm.batch([r.image for r in rows], [[("describe the scene .", None)] for r in rows]))
-    keep = cls_attention.select(units, 5)[0]
-    assert set(keep.tolist()) == set(units.cls[:144].topk(5).indices.tolist())
-    units.cls = None
-    with pytest.raises(ValueError, match="no \\[CLS\\]"):
-        cls_attention.select(units, 5)
-
 
 def test_keeping_every_token_answers_as_the_unpruned_model_and_the_oracle_beats_random(vlm):
     rows = scenes.load(60)
