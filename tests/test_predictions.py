@@ -239,6 +239,13 @@ def test_a_picture_is_encoded_once_for_all_its_questions(tiny):
     assert doubled is None and len(batch["input_ids"]) == 9
 
 
+def test_random_tokens_depend_on_picture_and_seed(tiny):
+    asked, *_ = runner.ask(tiny, [*enumerate(world.load(n=12))], runner.Clock("cpu"))
+    kept = {(b, seed): tuple(keep.tolist()) for seed in (0, 1)
+            for b, keep in zip(asked.owner, evaluate.by_name(seed).select(asked, 16))}
+    assert len(set(kept.values())) == 2 * len(asked.names) > 2
+
+
 def test_k_is_a_share_at_most_all_or_left_alone():
     assert by_budget(.5, [9, 10, 10]) == {4: [0], 5: [1, 2]} and by_budget(.01, [9]) == {1: [0]}
     assert by_budget(16, [9, 20]) == {9: [0], 16: [1]} and by_budget("mask", [9, 20]) == {"mask": [0, 1]}
