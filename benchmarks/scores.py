@@ -253,7 +253,7 @@ def seeds_table(lines: list[dict], names: dict) -> str:
 
 
 def matrix(lines: list[dict]) -> str:
-    order = sorted(cells, key=lambda m: -max((x["average"] for x in cells[m].get(budgets[-1], [])), default=0))
+    """Average retention in percent, a row a method, a column a K, best first at the smallest K, as Markdown; of runs
     that differ in the seed alone mean ± standard deviation. In brackets the mean number of visual tokens in a layer of
     the language model, where it is not that K."""
     budgets = sorted({line["K"] for line in lines if line["K"] != 0 and not isinstance(line["K"], str)}, reverse=True)
