@@ -257,6 +257,28 @@ def seeds_table(lines: list[dict], names: dict) -> str:
     return "\n".join(out) if groups else ""
 
 
+def matrix(lines: list[dict]) -> str:
+    """Average retention in percent, a row a method, a column a K, best first at the smallest K, as Markdown; of runs
+    that differ in the seed alone mean ± standard deviation. In brackets the mean number of visual tokens in a layer of
+    the language model, where it is not that K."""
+    budgets = sorted({line["K"] for line in lines if line["K"] != 0 and not isinstance(line["K"], str)}, reverse=True)
+    cells = {}
+    for line in lines:
+        if line["average"] is not None and line["K"] in budgets:
+            cells.setdefault(SEED.sub("", line["method"]), {}).setdefault(line["K"], []).append(line)
+
+    def shown(same):
+        spread = f" ±{np.std([x['average'] for x in same], ddof=1):.1f}" if len(same) > 1 else ""
+        layers, kept = (np.mean([x["cost"][key] for x in same]) for key in ("layer_mean", "kept"))
+        inside = f" ({layers:.0f})" if abs(layers - kept) > 1 else ""
+        return f"{np.mean([x['average'] for x in same]):.1f}{spread}{inside}"
+    order = sorted(cells, key=lambda name: -max((x["average"] for x in cells[name].get(budgets[-1], [])), default=0))
+    out = ["| method | " + " | ".join(budget(k) for k in budgets) + " |", "|" + "---|" * (1 + len(budgets))]
+    out += ["| " + " | ".join([name, *(shown(cells[name][k]) if k in cells[name] else "-" for k in budgets)]) + " |"
+            for name in order]
+    return "\n".join(out)
+
+
 def budget(k) -> str:
     """K as a table shows it: a number of tokens, or a share of them."""
     return "all" if k == 0 else f"{100 * k:.1f} %" if not isinstance(k, str) and k < 1 else str(k)
