@@ -77,6 +77,15 @@ from benchmarks import (
     world,
 )
 from benchmarks.asking import Asked, Selector, answered, for_all, per_picture, recall
+from benchmarks.pictures import (
+    draw_adaptive,
+    draw_cosines,
+    draw_curve,
+    draw_kept,
+    draw_rebuilt,
+    draw_tokens,
+    draw_training,
+)
 from benchmarks.questions import sample
 from benchmarks.report import (
     PUBLISHED,
@@ -93,7 +102,6 @@ from benchmarks.report import (
 )
 from benchmarks.speed import Clock, flops_table, measure_pointer, measure_speed, speed_table, token_budget
 from common import FrozenVLM, Units
-from pictures import draw_adaptive, draw_cosines, draw_curve, draw_kept, draw_rebuilt, draw_tokens, draw_training
 from train import load_run, option, read_run, write_whole
 
 BASELINES = {"random": random, "cls_attention": cls_attention, "hired": hired, "hiprune": hiprune, "divprune": divprune,
