@@ -295,7 +295,7 @@ def test_a_resumed_stream_sees_what_the_unbroken_one_would_have_seen(streamed):
     for start in range(0, 76, 5):                      # across two ends of an epoch, at any place in a block
         assert seen(Stream(streamed, start, 75, seed=5)) == unbroken[start:]
     items = Stream(streamed, 0, 75, seed=5)
-    assert [seen([items.item(g)])[0] for g in (70, 2, 31, 2, 29)] == [unbroken[g] for g in (70, 2, 31, 2, 29)]
+    assert [seen([items[g]])[0] for g in (70, 2, 31, 2, 29)] == [unbroken[g] for g in (70, 2, 31, 2, 29)]
     assert seen(Stream(streamed, 0, 75, seed=6)) != unbroken
 
 
@@ -303,7 +303,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(streamed):
     stream = Stream(streamed, 0, 90, seed=1)
     own = []
     for epoch in range(3):
-        lines = seen(stream.item(g) for g in range(30 * epoch, 30 * epoch + 30))
+        lines = seen(stream[g] for g in range(30 * epoch, 30 * epoch + 30))
         whole = [n for n, lost in lines if not lost]
         assert sorted(whole) == [i for i in range(30) if i not in (3, 4, 17, 29)]
         named = {line for _, lost in lines for line in lost}
