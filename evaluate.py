@@ -165,6 +165,7 @@ class EvalConfig:
     split: str = option("test", "scenes to ask about", choices=["test", "calibration"])
     out: str | None = option(None, "folder of table and pictures [the run folder]")
     pictures: bool = option(True, "draw the curve, the kept patches and the cosine matrix")
+    random_weights: bool = option(False, "build --model from its config alone: to time it, for it answers nothing")
     dtype: str = option("bfloat16", "of the frozen VLM", choices=["bfloat16", "float32", "float16"])
     device: str = option("cuda" if torch.cuda.is_available() else "cpu", "where to run")
     ablations: str | None = option(None, "write results/ablations/<method>.md, the variants beside the paper's",
@@ -550,7 +551,8 @@ def ask_benchmarks(cfg: EvalConfig, runs: list[str], model: str) -> list[dict]:
         raise ValueError("gated and the method evidence are for the tiny world, without --benchmarks")
     state = PartialState(cpu=not cfg.device.startswith("cuda"))
     vlm = FrozenVLM.from_pretrained(model, getattr(torch, cfg.dtype),
-                                    state.device if state.num_processes > 1 else cfg.device)
+                                    state.device if state.num_processes > 1 else cfg.device,
+                                    random_weights=cfg.random_weights)
     if cfg.style == "vicuna_v1":
         if vlm.family not in ("llava", "llava_next"):
             raise ValueError(f"style=vicuna_v1 is LLaVA's: expected checkpoint for the family {vlm.family}")

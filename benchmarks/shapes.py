@@ -94,9 +94,10 @@ def tokenizer(family: str) -> PreTrainedTokenizerFast:
                                    extra_special_tokens=marks)
 
 
-def config(name: str, shrink: bool = False) -> PreTrainedConfig:
+def config(name: str, shrink: bool = False, layers: int | None = None) -> PreTrainedConfig:
     """The backbone's config. shrink: 3 narrow layers and a small vocabulary, but pictures, patches and tokens as many
-    as in the real one. Raises ValueError for a name that is not in SHAPES."""
+    as in the real one. layers: of the language model, its widths as they are. Raises ValueError for a name that is not
+    in SHAPES."""
     if name not in SHAPES:
         raise ValueError(f"backbone {name!r}: expected one of {', '.join(SHAPES)}")
     kind, vision, text, more = copy.deepcopy(SHAPES[name])          # transformers writes into what it is given
@@ -107,6 +108,7 @@ def config(name: str, shrink: bool = False) -> PreTrainedConfig:
         if kind is Qwen2_5_VLConfig:
             text["rope_parameters"] = text["rope_parameters"] | dict(mrope_section=[2, 3, 3])
             vision |= dict(depth=3, num_heads=2, fullatt_block_indexes=[1], out_hidden_size=64)
+    text |= {"num_hidden_layers": layers} if layers else {}
     ids = {key: tok.convert_tokens_to_ids(token) for key, token in MARKS[kind.model_type].items()}
     if kind in (Qwen2_5_VLConfig, InternVLConfig):
         more = more | dict(image_token_id=ids.get("image_token", ids.get("context_image_token")))
@@ -142,9 +144,9 @@ def processor(family: str):
     return ImageOnlyProcessor(images, tok, chat_template=QWEN_TEMPLATE.replace("KIND", kind).replace("IMAGE", written))
 
 
-def write(name: str, folder, shrink: bool = False) -> str:
+def write(name: str, folder, shrink: bool = False, layers: int | None = None) -> str:
     """The checkpoint folder of a backbone, without weights; returns its path."""
-    shape = config(name, shrink)
+    shape = config(name, shrink, layers)
     shape.architectures = [type(shape).__name__.removesuffix("Config") + "ForConditionalGeneration"]
     shape.save_pretrained(folder)
     processor(shape.model_type).save_pretrained(folder)
@@ -172,9 +174,10 @@ def main(args=None) -> None:
     parser.add_argument("name", choices=list(SHAPES), help="the backbone")
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--shrink", action="store_true", help="3 narrow layers instead of the true sizes: a smoke test")
+    parser.add_argument("--layers", type=int, help="of the language model, to time it on a small machine [all]")
     cfg = parser.parse_args(args)
-    write(cfg.name, cfg.folder, cfg.shrink)
-    need = memory(config(cfg.name, cfg.shrink))
+    write(cfg.name, cfg.folder, cfg.shrink, cfg.layers)
+    need = memory(config(cfg.name, cfg.shrink, cfg.layers))
     print(f"{cfg.folder}: {cfg.name} without weights, {need['weights'] / 2e6:,.2f} M parameters; GiB in bfloat16, for "
           f"one row of 640 tokens: {', '.join(f'{part} {size / 2**30:.2f}' for part, size in need.items())}\n"
           "Load it with random_weights=True: its answers are meaningless.")

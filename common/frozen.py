@@ -30,6 +30,8 @@ class FrozenVLM(Inside, nn.Module):
     def __init__(self, model: nn.Module, processor):
         super().__init__()
         self.model, self.lm = model.requires_grad_(False).eval(), model.model.language_model
+        # generate() hands it a slice of the states, for which torch on a CPU copies the whole weight once per row
+        self.model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
         self.adapter = ADAPTERS[model.config.model_type](model)
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_id = self.adapter.token_id
