@@ -39,8 +39,8 @@ shallow := --method recon --layers 1
 deep := --method recon --layers 8
 short := --method recon --epochs 1
 conditional := --method recon --condition 2
-.PHONY: results cards speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
-results: $(METHODS) cards speed ablations pages
+.PHONY: results cards rivals classify speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
+results: $(METHODS) cards rivals classify speed ablations pages
 stepprune: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
 stepprune: autoselect
 recon: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
@@ -57,6 +57,17 @@ cards: .venv/ready
 		--pictures False --out results/tiny_$$m; done
 	$(BIN)/python train.py --model tiny/qwen2_5_vl --run runs/autoselect_qwen --evaluate False
 	$(BIN)/python evaluate.py --n 2000 --run runs/autoselect_qwen --out results/autoselect_tiny_qwen
+SHARES := --budgets 0.33333 0.22222 0.11111 --sample 1000 --batch 32
+rivals: .venv/ready
+	$(BIN)/python evaluate.py --model tiny/llava --benchmarks scenes --methods all $(SHARES) --out results/rivals_llava \
+		--run $(foreach m,$(METHODS),$(SEEDS:%=runs/$(m)_s%))
+	$(BIN)/python evaluate.py --model tiny/qwen2_5_vl --benchmarks scenes --methods all $(SHARES) --out results/rivals_qwen2_5_vl
+	$(BIN)/python -m benchmarks.shapes llava-1.5-7b runs/shapes/four --layers 4
+	$(BIN)/python evaluate.py --model runs/shapes/four --random_weights True --benchmarks scenes --methods all \
+		--budgets 192 128 64 --sample 2 --batch 2 --out results/rivals_speed --pictures False --resamples 10
+classify: .venv/ready
+	$(BIN)/python evaluate.py --classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
+		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
 speed: .venv/ready
 	$(BIN)/python evaluate.py --speed --out results/speed
 	$(BIN)/python -m benchmarks.flops

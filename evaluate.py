@@ -603,7 +603,8 @@ def report_benchmarks(cfg: EvalConfig, folder: Path, out: Path) -> list[dict]:
     write_whole(out / "benchmarks.json", lambda p: p.write_text(json.dumps(
         {"header": header, "lines": lines, "printed": quoted}, indent=1)))
     write_whole(out / "benchmarks.md", lambda p: p.write_text(text + "\n"))
-    write_whole(out / "summary.md", lambda p: p.write_text(scores.matrix(lines) + "\n"))
+    for name, part in (("summary", scores.matrix(lines)), ("costs", scores.cost_table(lines))):
+        write_whole(out / f"{name}.md", lambda p, part=part: p.write_text(part + "\n"))
     if cfg.pictures:
         draw_tokens(lines, names, out / "benchmarks.png")
     return lines

@@ -32,22 +32,27 @@ def draw_tokens(lines: list[dict], names: dict, path: Path) -> None:
     unpruned model as a line. lines: of benchmarks/scores.py; names: benchmark -> title."""
     columns = min(4, len(names))
     lanes = -(-len(names) // columns)
-    figure, axes = plt.subplots(lanes, columns, figsize=(4.2 * columns, 3.6 * lanes), layout="constrained",
-                                squeeze=False)
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    height = max(3.6 * lanes, .19 * len(methods))
+    figure, axes = plt.subplots(lanes, columns, figsize=(2.2 + 4.2 * columns * max(1, height / (3.6 * lanes)), height),
+                                layout="constrained", squeeze=False)
     for axis in axes.flat[len(names):]:
         axis.axis("off")
     for axis, (name, title) in zip(axes.flat, names.items()):
         there = [line for line in lines if name in line["scores"]]
-        for method in dict.fromkeys(line["method"] for line in there):
+        for number, method in enumerate(methods):
             points = sorted((line["costs"][name]["layer_mean"], line["scores"][name]["value"],
                              *line["scores"][name]["interval"]) for line in there if line["method"] == method)
+            if not points:
+                continue
             x, y, low, high = np.array(points).T
             if method == "vanilla":
                 axis.axhline(y[0], color="grey", ls="--", label=f"all {x[0]:.0f} tokens")
                 continue
-            axis.errorbar(x, y, np.maximum(0, [y - low, high - y]), marker="o", capsize=3, label=Path(method).name)
+            axis.errorbar(x, y, np.maximum(0, [y - low, high - y]), capsize=2, lw=1, ms=4, label=Path(method).name,
+                          color=plt.cm.tab10(number % 10), marker="os^Dv"[number // 10 % 5])
         axis.set(xlabel="visual tokens, mean over layers", ylabel="score", title=title)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
