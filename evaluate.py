@@ -455,14 +455,19 @@ def main(args=None) -> list[dict]:
     selectors, groups = selectors_of(cfg, vlm, trained, biases)
     if cfg.classify:
         return report_classify(cfg, vlm, selectors, out)
+    return ask_world(cfg, vlm, trained, biases, selectors, groups, out)
+
+
+def ask_world(cfg: EvalConfig, vlm, trained: dict, biases: dict, selectors: dict, groups: dict, out: Path) -> list:
+    """The tiny world's test questions: tables and pictures of the selectors into `out`."""
     rows = scenes.load(cfg.n, cfg.split, scenes.SIZES[vlm.family])
     results, clock = measure(vlm, selectors, rows, cfg.budgets, cfg.batch, cfg.positions)
     lines = summarise(results, clock)
     for label, names in groups.items():
         lines += spread(lines, names, label)
     text = table(lines)
-    print(f"\n{text}\n\n{lines[0]['n']} questions about {len(rows)} {cfg.split} scenes of the tiny world, model "
-          f"{model}, {cfg.device}. It shows the mechanism; these are not the papers' numbers.")
+    print(f"\n{text}\n\n{lines[0]['n']} questions about {len(rows)} {cfg.split} scenes of the tiny world, "
+          f"{vlm.family}, {cfg.device}. It shows the mechanism; these are not the papers' numbers.")
     write_whole(out / "evaluation.json", lambda p: p.write_text(json.dumps(lines, indent=1)))
     write_whole(out / "evaluation.md", lambda p: p.write_text(text + "\n"))
     single = {name for names in groups.values() for name in names}
@@ -489,14 +494,15 @@ def main(args=None) -> list[dict]:
         draw_curve([line for line in lines if line["method"] not in single],
                    rows[0].image.width * rows[0].image.height // 144, out / "curve.png")
         if found:
-            first = next(iter(found))[0]
-            draw_adaptive({key: x for key, x in found.items() if key[0] == first}, out / "adaptive.png")
+            name = next(iter(found))[0]
+            draw_adaptive({key: x for key, x in found.items() if key[0] == name}, out / "adaptive.png")
         if trained:
+            first = next(iter(trained))
             logged = [run for run, (_, config) in trained.items() if (Path(run) / "log.jsonl").exists()
-                      and config.method == trained[runs[0]][1].method]           # a shared selector has no log
+                      and config.method == trained[first][1].method]           # a shared selector has no log
             if logged:
                 draw_training(logged, out / "training.png")
-            draw_run(cfg, vlm, *trained[runs[0]], rows[:64], biases[runs[0]], out)
+            draw_run(cfg, vlm, *trained[first], rows[:64], biases[first], out)
         print(f"pictures: {', '.join(str(p) for p in sorted(out.glob('*.png')))}")
     return lines
 
