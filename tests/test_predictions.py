@@ -395,6 +395,29 @@ def test_averages_over_different_benchmarks_stand_not_side_by_side(tmp_path, cap
                                     "vision_ms": 1, "select_ms": 1}
 
 
+def test_runs_that_differ_in_the_seed_are_one_row_with_their_spread():
+    def line(method, k, retention, layers=8., parts=(50., 70.)):
+        return {"method": method, "K": k, "average": retention, "cost": {"kept": 8., "layer_mean": layers}, "scores": {
+            "one": {"value": 60., "interval": [50., 70.], "retention": retention, "n": 9, "unmatched": 0,
+                    "average": 60., "cat": parts[0], "dog": parts[1]}}}
+    lines = [line("vanilla", 0, 100.), line("runs/a_s0", .5, 90.), line("runs/a_s1", .5, 94.), line("b", .5, 80., 20.),
+             line("runs/a_s0", .25, 60.), line("b", .25, 70.)]
+    assert scores.matrix(lines).splitlines() == [
+        "| method | 50.0 % | 25.0 % |", "|---|---|---|", "| b | 80.0 (20) | 70.0 |", "| runs/a | 92.0 ±2.8 | 60.0 |"]
+    assert scores.seeds_table(lines, {"one": "One"}).splitlines()[2:] == ["| runs/a | 2 | 50.0 % | 8.0 | 92.0 ±2.8 |"]
+    assert scores.seeds_table(lines[:2], {"one": "One"}) == ""
+    parts = scores.parts_table(lines, "one", "average").splitlines()
+    assert parts[0] == "| method | K | cat | dog | n | retention % |"
+    assert parts[2].endswith("| 50.0 | 70.0 | 9 | 100.0 |")
+
+
+def test_what_is_scored_as_one_is_drawn_as_one():
+    asked = [question(i) for i in range(12)]
+    pairs = [[q.id for q in sample(asked, 5, seed, lambda row: int(row["id"]) // 2)] for seed in range(4)]
+    assert all(len(ids) == 6 and sorted(ids, key=int) == ids for ids in pairs) and len(set(map(tuple, pairs))) > 1
+    assert all(str(int(i) ^ 1) in ids for ids in pairs for i in ids)
+
+
 @pytest.mark.parametrize("change, words", [
     ({"model": "n"}, "has the model 'm', another file 'n'"), ({"benchmark": "three"}, "is of the benchmark 'three'"),
     ({"method": "vanilla", "budget": 0}, "is a second file of one, vanilla, 0"), ({}, "answers other questions")])

@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import huggingface_hub
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 from transformers import AutoConfig, DynamicCache
@@ -258,3 +259,18 @@ def test_the_trained_selectors_get_gradients_and_the_frozen_bound_reaches_the_un
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in inner.blocks.parameters())
     assert gpu.loss_of("frozen", vlm, None, batch).requires_grad
     assert not any(p.grad is not None for p in vlm.parameters())
+
+
+def test_a_shape_of_fewer_layers_is_as_wide(tmp_path):
+    config, whole = (shapes.config("llava-1.5-7b", layers=layers).text_config for layers in (4, None))
+    assert (config.num_hidden_layers, whole.num_hidden_layers) == (4, 32) and config.hidden_size == whole.hidden_size
+
+
+def test_the_output_layer_gets_whole_states(tmp_path):
+    """A slice would make torch copy its weight for every row, on a CPU."""
+    vlm = FrozenVLM.from_pretrained(tiny_models.llava(tmp_path), torch.float32)
+    seen = []
+    vlm.model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
+    batch = vlm.batch([Image.new("RGB", (24, 24))] * 2, [[("what colour ?", None)]] * 2)
+    vlm.generate(vlm.embed(batch, vlm.encode(batch)), 2)
+    assert seen and all(seen)
