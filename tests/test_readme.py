@@ -27,7 +27,7 @@ def test_every_file_the_readme_links_is_there():
     assert links and not [x for x in links if not (ROOT / x).exists()]
 
 
-@pytest.mark.parametrize("page", ["README.md", "tiny/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "tiny/README.md", "results/README.md"])
 def test_quoted_tables_are_the_files_that_commands_made(page, tmp_path):
     text = (ROOT / page).read_text()
     assert "<!-- table: " in text
