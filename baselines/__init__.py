@@ -1,4 +1,4 @@
-"""Training-free rivals that choose before the language model, one file each, from the papers' formulas.
+"""Training-free rivals, one file each, from the papers' formulas. Those that choose before the language model:
 
     look(vlm)                         what encode(batch, look) must show the method; ValueError if this encoder cannot
     select(units, keep, *, seed=0, as_released=False, ...)
@@ -13,6 +13,13 @@ its feats stand in the released order.
 
 import torch
 from torch import Tensor
+
+
+def check_keep(keep: int, tokens: int | list[int]) -> None:
+    """Raises ValueError where K does not fit the visual tokens that enter, of all rows or of each."""
+    fewest = min(tokens) if isinstance(tokens, list) else tokens
+    if not 0 < keep <= fewest:
+        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
 
 
 def pictures(units, keep, *names: str, exact: bool = False):

@@ -12,6 +12,8 @@ K = 64, the pivots in the order of a Python set. Here K - 4 are shared out, visu
 import torch
 import torch.nn.functional as F
 
+from baselines import check_keep
+
 LAYERS = (2,)                                          # [paper]
 PIVOTS = 4                                             # [paper] of the image, and as many of the text
 
@@ -55,9 +57,7 @@ def stages(keep: int, tokens: int | list[int], depth: int = 32, layers: tuple = 
     tokens: visual tokens that enter, of all rows or of each; depth: layers of the language model, not used here.
     Raises ValueError where a row has fewer than `keep` tokens.
     """
-    fewest = min(tokens) if isinstance(tokens, list) else tokens
-    if not 0 < keep <= fewest:
-        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
+    check_keep(keep, tokens)
     (layer,) = layers
 
     def rule(look):

@@ -6,6 +6,8 @@ Paper and released code: the text speaks of the attention received from all late
 last token, as here. The paper's version chooses anew for every new token; its version with a cache once, as here.
 """
 
+from baselines import check_keep
+
 LAYERS = (2,)                                          # [paper]; its demo has 3
 
 
@@ -15,9 +17,7 @@ def stages(keep: int, tokens: int | list[int], depth: int = 32, layers: tuple = 
     tokens: visual tokens that enter, of all rows or of each; depth: layers of the language model, not used here.
     Raises ValueError where a row has fewer than `keep` tokens.
     """
-    fewest = min(tokens) if isinstance(tokens, list) else tokens
-    if not 0 < keep <= fewest:
-        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
+    check_keep(keep, tokens)
     (layer,) = layers
 
     def rule(look):

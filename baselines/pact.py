@@ -15,6 +15,8 @@ Paper and released code: EUTI is over visual tokens; the code takes all up to th
 import torch
 import torch.nn.functional as F
 
+from baselines import check_keep
+
 LAYERS = (4,)                                          # [paper]
 SHARE, CUTOFF, RECOVER = .55, .21, 1.5                 # [paper] LLaVA-OneVision; Qwen2-VL: .8 and .1
 
@@ -83,9 +85,8 @@ def stages(keep: int | None, tokens: int | list[int], depth: int = 32, layers: t
     tokens: visual tokens that enter, of all rows or of each; depth: layers of the language model, not used here; keep
     None: as many as cutoff makes. Raises ValueError where a row has fewer than `keep` tokens.
     """
-    fewest = min(tokens) if isinstance(tokens, list) else tokens
-    if keep is not None and not 0 < keep <= fewest:
-        raise ValueError(f"keep={keep} does not fit {fewest} visual tokens")
+    if keep is not None:
+        check_keep(keep, tokens)
     (layer,) = layers
 
     def rule(look):

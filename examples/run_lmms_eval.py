@@ -61,7 +61,7 @@ def adapter() -> type:
 
     class Adapter(Pruned, lmms):
         def loglikelihood(self, requests):
-            raise NotImplementedError("this adapter gives answers, no likelihoods: choose a generate_until task")
+            raise ValueError("a pruned model gives answers, no likelihoods: choose a task of the kind generate_until")
         generate_until_multi_round = loglikelihood
     return Adapter
 

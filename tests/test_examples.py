@@ -109,5 +109,5 @@ def test_the_adapter_is_a_model_of_lmms_eval(vlm, rows, monkeypatch):
     model.task_dict["world"] = {"test": [dict(image=rows[0].image)]}
     request = SimpleNamespace(args=(rows[0].questions[0].question, {}, lambda doc: [doc["image"]], 0, "world", "test"))
     assert model.generate_until([request]) == ask(vlm, ways(vlm)[0], rows[:1], max_new_tokens=128)[:1]
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="answers, no likelihoods: choose a task of the kind generate_until"):
         model.loglikelihood([])
