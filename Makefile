@@ -14,9 +14,29 @@ lint: .venv/ready
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-# What results/ holds, made again: every method and its ablations with three seeds, the model cards, speed.
+# What results/ holds, made again. Of the shipped selectors, one seed each, in a quarter of an hour:
+.PHONY: headline cards rivals classify speed
+SHIPPED := $(foreach m,autoselect stepprune recon,results/$(m)_tiny/selector)
+headline: .venv/ready
+	$(BIN)/python evaluate.py --run $(SHIPPED) --sample 2000 --out results/headline
+	$(BIN)/python -m measure.likeness --run results/autoselect_tiny/selector --out results/headline/likeness.png
+cards: .venv/ready
+	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
+		--sample 2000 --draw False --out results/tiny_$$m; done
+SHARES := --budgets 0.33333 0.22222 0.11111
+rivals: .venv/ready
+	$(BIN)/python evaluate.py --model tiny/llava --run $(SHIPPED) --methods all $(SHARES) --out results/rivals_llava
+	$(BIN)/python evaluate.py --model tiny/qwen2_5_vl --methods all $(SHARES) --out results/rivals_qwen2_5_vl
+classify: .venv/ready
+	$(BIN)/python -m measure.classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
+		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
+speed: .venv/ready
+	$(BIN)/python -m measure.speed --out results/speed
+	$(BIN)/python -m measure.flops
+
+# Every method and its ablations trained with three seeds: many hours.
+.PHONY: results ablations
 SEEDS := 0 1 2
-ASKED := 2000
 METHODS := autoselect stepprune recon
 AUTO_VARIANTS := scale_gate global_denoiser random_scorer
 STEP_VARIANTS := causal last uniform alive batch_mean all_hops no_hops unaligned
@@ -28,7 +48,7 @@ causal := --method stepprune --causal True
 last := --method stepprune --aggregation last
 uniform := --method stepprune --aggregation uniform
 alive := --method stepprune --aggregation alive
-batch_mean := --method stepprune --budget batch_mean
+batch_mean := --method stepprune --k_rule batch_mean
 all_hops := --method stepprune --hops -1
 no_hops := --method stepprune --hops 0
 unaligned := --method stepprune --align False
@@ -38,50 +58,29 @@ softmax_plain := --method recon --estimator softmax --regulariser plain
 shallow := --method recon --layers 1
 deep := --method recon --layers 8
 short := --method recon --epochs 1
-conditional := --method recon --condition 2
-.PHONY: results cards rivals classify speed ablations pages $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
-results: $(METHODS) cards rivals classify speed ablations pages
-stepprune: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
-stepprune: autoselect
-recon: private BESIDE = $(SEEDS:%=runs/autoselect_s%)
-recon: private BUDGETS = --budgets 72 58 32 16 8
-recon: private ASKED = 1000
-recon: autoselect
+conditional := --method recon --select_after_layer 2
+.PHONY: $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
+results: $(METHODS) ablations headline cards rivals classify speed
+BUDGETS = --budgets 48 32 16
+autoselect stepprune: ASKED = 2000
+stepprune: WAYS = --ways exactly
+recon: ASKED = 1000
+recon: BUDGETS = --budgets 72 58 32 16 8
 $(METHODS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n $(ASKED) --exact True $(BUDGETS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%) $(BESIDE)
+	$(BIN)/python evaluate.py --sample $(ASKED) $(BUDGETS) $(WAYS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%)
 	rm -rf results/$@_tiny/selector
 	cp -r runs/$@_s0/selector results/$@_tiny/selector
-cards: .venv/ready
-	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence --n 2000 \
-		--pictures False --out results/tiny_$$m; done
-	$(BIN)/python train.py --model tiny/qwen2_5_vl --run runs/autoselect_qwen --evaluate False
-	$(BIN)/python evaluate.py --n 2000 --run runs/autoselect_qwen --out results/autoselect_tiny_qwen
-SHARES := --budgets 0.33333 0.22222 0.11111 --sample 1000 --batch 32
-rivals: .venv/ready
-	$(BIN)/python evaluate.py --model tiny/llava --benchmarks scenes --methods all $(SHARES) --out results/rivals_llava \
-		--run $(foreach m,$(METHODS),$(SEEDS:%=runs/$(m)_s%))
-	$(BIN)/python evaluate.py --model tiny/qwen2_5_vl --benchmarks scenes --methods all $(SHARES) --out results/rivals_qwen2_5_vl
-	$(BIN)/python -m benchmarks.shapes llava-1.5-7b runs/shapes/four --layers 4
-	$(BIN)/python evaluate.py --model runs/shapes/four --random_weights True --benchmarks scenes --methods all \
-		--budgets 192 128 64 --sample 2 --batch 2 --out results/rivals_speed --pictures False --resamples 10
-classify: .venv/ready
-	$(BIN)/python evaluate.py --classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
-		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
-speed: .venv/ready
-	$(BIN)/python evaluate.py --speed --out results/speed
-	$(BIN)/python -m benchmarks.flops
-$(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
+$(AUTO_VARIANTS) $(STEP_VARIANTS): ASKED = 2000
 $(RECON_VARIANTS): ASKED = 600
+$(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
+$(AUTO_VARIANTS): WAYS = --ways gated
 $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --n $(ASKED) --methods random --gated True --pictures False $(BUDGETS) \
+	$(BIN)/python evaluate.py --sample $(ASKED) --methods random --draw False $(BUDGETS) $(WAYS) \
 		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
-ablations: $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
-	$(BIN)/python evaluate.py --n 2000 --methods random --gated True --pictures False \
-		--out results/ablations/autoselect/base --run $(SEEDS:%=runs/autoselect_s%)
-	for m in $(METHODS); do $(BIN)/python evaluate.py --ablations $$m; done
-	$(BIN)/python evaluate.py --run $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --curves results/recon_tiny/collapse.png
-pages: .venv/ready
-	$(BIN)/python -c "import evaluate, pathlib; [evaluate.refresh(pathlib.Path(p)) for p in ('README.md', 'tiny/README.md', 'results/README.md', \
-		*pathlib.Path('results').glob('*/selector/README.md'))]"
+ablations: $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
+	for m in $(METHODS); do $(BIN)/python -m measure.ablations $$m; done
+	$(BIN)/python -m measure.rebuild --run $(SEEDS:%=runs/recon_s%) --out results/recon_tiny
+	$(BIN)/python -m measure.question_reading --run $(SEEDS:%=runs/conditional_s%) --out results/ablations/recon/conditional
+	$(BIN)/python -m measure.training_curves $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --out results/recon_tiny/collapse.png

@@ -1,83 +1,120 @@
-"""AutoSelect: a learned scorer decides which K of N visual tokens reach a frozen VLM's language model.
+"""AutoSelect: a learned scorer decides which K of N visual tokens reach a frozen language model.
 
 "The Model Knows Which Tokens Matter: Automatic Token Selection via Noise Gating", arXiv:2603.07135.
 
-    (1)  train: least -log p(answer | text, v~) over scorer and denoiser    the host's own loss on v~
-    (2)  test:  keep = the K best scores; no noise, no denoiser             hard_topk, AutoSelect.select
-    (3)  s  = Linear(Blocks(v))                                             Scorer
-    (4)  a  = sigmoid((z - theta) / tau),  z = zscore(s),  sum a = K        zscore, soft_topk, temperature
-    (5)  v~ = sqrt(a) v + sqrt(1 - a) e,   e ~ N(0, I)                      vp_gate
-         then one block in which a token sees only itself (Section 3.4)     Denoiser
+    (1)  train: least -log p(answer | text, v~)          AutoSelect.loss: the frozen VLM's own loss
+    (2)  test:  keep = the K best scores                 hard_topk, AutoSelect.select
+    (3)  s  = Linear(Blocks(v))                          Scorer
+    (4)  a  = sigmoid((z - theta) / tau), sum a = K      zscore, soft_topk, temperature
+    (5)  v~ = sqrt(a) v + sqrt(1 - a) e, e ~ N(0, I)     vp_gate
+         then a block in which a token sees only itself  Denoiser (Section 3.4)
 
-Shapes  B images, N visual tokens, K kept, C width of a token between vision encoder and projector
+Shapes  B images, N visual tokens, K kept, C width of a token before the projector
         v (B, N, C) tokens | s, z (B, N) scores | a (B, N) share of signal, 0..1
         valid (B, N) False at padding, None without any | mean, std (C,) of the tokens
-        v (B, N, P, C) where P patches are merged into one token later (Qwen2.5-VL, P = 4): they share one a
+        v (B, N, P, C) where P patches become one token later (Qwen2.5-VL, P = 4): they share one a
 Read    downwards: the equations in the paper's order, then AutoSelect, which strings them together.
-Ours    - The ends of tau's cosine, 1 and 0.05, which is close to the hard mask; train.py's are lower.
-        - Depth: 5 scorer + 1 denoiser blocks of CLIP width are 75.6 M parameters, 6 + 1 are 88.2 M; the paper
-          prints 84 M.
-        - Eq. 5 keeps the variance only where it is 1, and Hugging Face's LLaVA reads a CLIP state that has no
-          LayerNorm behind it: standardise per channel by running statistics, gate, scale back.
-        - Scorer and denoiser read standardised tokens too: a few channels of the raw state dwarf all others.
-        - No position embedding in the scorer: the encoder's features carry their position.
-        - Of P patches the scorer sees the mean; gate and denoiser treat every patch on its own.
-        - Denoiser: output layers start at zero, so it is the identity at step 0.
+
+What differs from the paper, or what it leaves open [ours]
+- Eq. 5 keeps the variance only where it is 1, and Hugging Face's LLaVA reads a CLIP state without
+  LayerNorm: tokens are standardised per channel by running statistics, gated, and scaled back.
+- Scorer and denoiser read standardised tokens too: a few channels of the raw state dwarf the rest.
+- Depth: 5 scorer + 1 denoiser blocks of CLIP width are 75.6 M parameters, 6 + 1 are 88.2 M; the
+  paper prints 84 M. Learning rate, batch and the ends of tau are open too.
+- tau goes from 0.1 to 0.02. From 1, every token keeps a share of about K/N, which the tiny VLM
+  reads through the noise, so that nothing presses the scorer to choose (one trial).
+- One selector serves every budget: the steps take turns, six at the widest to one at each other.
+  Trained at 16 of 144 alone it orders nothing beyond the first sixteen tokens (one trial).
+- No position embedding in the scorer: the encoder's features carry their position.
+- Of P patches the scorer sees the mean; gate and denoiser treat every patch on its own.
+- Denoiser: its output layers start at zero, so it is the identity at step 0.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from runs import Selector, Way
 
 
 @dataclass
-class Config:
-    width: int = 1024             # C, 1024 for CLIP ViT-L                        [paper: LLaVA-1.5]
-    keep: int = 64                # K in training; the paper's tables: 64-192     [paper]
-    layers: int = 5               # scorer blocks                                 [ours]
-    heads: int = 16               # as the vision encoder itself                  [ours]
-    tau_start: float = 1.0        # Eq. 4, first step                             [ours]
-    tau_end: float = 0.05         # Eq. 4, last step                              [ours]
-    gate: str = "noise"           # "noise" (Eq. 5) | "scale" (Table 5)           [paper]
-    denoiser: str = "diagonal"    # "diagonal" | "global" (Table 5) | "none"      [paper; "none" ours]
-    scorer: str = "learned"       # "learned" | "random" (Figure 5)               [paper]
+class Sizes:
+    """What follows from the frozen VLM."""
+    width: int = 1024                       # C, 1024 for CLIP ViT-L
+
+    @classmethod
+    def of(cls, vlm, **options):
+        return cls(width=vlm.width, **options)
+
+
+@dataclass
+class Config(Sizes):
+    """Every option of the method; TINY and LARGE say what is used unless told otherwise."""
+    keep: list[float] = field(
+        default_factory=lambda: [*[1 / 3] * 6, 2 / 9, 1 / 9],
+        metadata={"help": "K of Eq. 4: tokens, or below 1 a share of each picture's; steps take "
+                 "turns [ours; the paper's three budgets]"})
+    layers: int = HfArg(default=5, help="scorer blocks of Eq. 3 [ours]")
+    heads: int = HfArg(default=16, help="attention heads of all blocks [ours]")
+    tau_start: float = HfArg(default=0.1, help="temperature of Eq. 4 at the first step [ours]")
+    tau_end: float = HfArg(default=0.02, help="... and at the last [ours]")
+    gate: Literal["noise", "scale"] = HfArg(
+        default="noise", help="Eq. 5 [paper]; scale: Table 5's ablation")
+    denoiser: Literal["diagonal", "global", "none"] = HfArg(
+        default="diagonal", help="Section 3.4 [paper]; global: Table 5's ablation; none [ours]")
+    scorer: Literal["learned", "random"] = HfArg(
+        default="learned", help="Eq. 3 [paper]; random: Figure 5's ablation")
 
     def __post_init__(self):
-        for name, known in (("gate", ("noise", "scale")), ("denoiser", ("diagonal", "global", "none")),
-                            ("scorer", ("learned", "random"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
+        check_choice("gate", self.gate, ("noise", "scale"))
+        check_choice("denoiser", self.denoiser, ("diagonal", "global", "none"))
+        check_choice("scorer", self.scorer, ("learned", "random"))
+        if min(self.keep, default=0) <= 0:
+            raise ValueError(f"keep={self.keep}: expected numbers of tokens, or shares above 0")
+
+
+# steps, pictures a step, learning rate and autocast are options of train.py [all ours]
+TINY = dict(steps=450, batch=16, lr=2e-3, autocast=False, layers=2, heads=4)
+LARGE = dict(steps=5000, batch=32, lr=1e-4, autocast=True, layers=5, heads=16)
+
+
+def check_choice(name: str, value, known: tuple) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is none of {known}")
 
 
 def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
-    """Indices of the K best tokens of each image, in reading order; of equals the first wins.       Eq. (2)
+    """Indices of the K best tokens of each image, in reading order; of equals the first.  Eq. (2)
 
-    k is one number or one per image, hence a list of B ascending int64 tensors of length K.
+    k is one number or one per image: a list of B ascending int64 tensors of length K.
     """
     ks = [k] * len(s) if isinstance(k, int) else [int(each) for each in k]
     if len(ks) != len(s):
         raise ValueError(f"{len(ks)} budgets for {len(s)} images")
+    every = torch.arange(s.shape[1], device=s.device)
     kept = []
     for b, k_b in enumerate(ks):
-        tokens = torch.arange(s.shape[1], device=s.device) if valid is None else valid[b].nonzero().squeeze(1)
+        tokens = every if valid is None else valid[b].nonzero().squeeze(1)
         if not 0 < k_b <= len(tokens):
             raise ValueError(f"keep={k_b} does not fit {len(tokens)} visual tokens")
         best = s[b, tokens].argsort(descending=True, stable=True)[:k_b]
-        kept.append(tokens[best].sort().values)      # the language model's positions expect image order
+        kept.append(tokens[best].sort().values)    # the language model expects image order
     return kept
 
 
 def block(width: int, heads: int) -> nn.TransformerEncoderLayer:
-    """The pre-norm Transformer block that scorer and denoiser are made of."""
+    """The pre-norm Transformer block of scorer and denoiser."""
     return nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
                                       batch_first=True, norm_first=True)
 
 
 class Scorer(nn.Module):
-    """s = Linear(Blocks(v)): all tokens look at one another, each gets one number.                 Eq. (3)"""
+    """s = Linear(Blocks(v)): all tokens look at one another, each gets a number.          Eq.
+    (3)"""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
@@ -93,15 +130,17 @@ class Scorer(nn.Module):
 
 
 def zscore(s: Tensor, valid: Tensor | None = None, eps: float = 1e-6) -> Tensor:
-    """z = (s - mean) / std over the tokens of one image; 0 at padding.                              Eq. (4)
+    """z = (s - mean) / std over the tokens of one image; 0 at padding.                     Eq. (4)
 
     So the scorer cannot undo tau by scaling its scores up. Half precision becomes float32.
     """
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     w = torch.ones_like(s) if valid is None else valid.to(s)
     n = w.sum(1, keepdim=True).clamp_min(1)
-    d = (s - (s * w).sum(1, keepdim=True) / n) * w
-    return d / (d.square().sum(1, keepdim=True) / n + eps).sqrt()
+    mean = (s * w).sum(1, keepdim=True) / n
+    d = (s - mean) * w
+    variance = d.square().sum(1, keepdim=True) / n
+    return d / (variance + eps).sqrt()
 
 
 class _SoftTopK(torch.autograd.Function):
@@ -113,37 +152,44 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, k, tau, valid):
-        x, n, k_ = z.double() / tau, valid.sum(1, keepdim=True).clamp_min(1), k.double().unsqueeze(1)
-        # were all scores equal, theta would be x - logit(K / N): the true one lies between these two ends.
-        # K = N and K = 0 put both at -inf or +inf, where every a is exactly 1 or 0.
+        x = z.double() / tau
+        n = valid.sum(1, keepdim=True).clamp_min(1)
+        k_ = k.double().unsqueeze(1)
+        # Were all scores equal, theta would be x - logit(K / N): the true one lies between these
+        # two ends. K = N and K = 0 put both at -inf or +inf, where every a is exactly 1 or 0.
         shift = torch.logit(k_ / n)
         low = x.masked_fill(~valid, math.inf).amin(1, keepdim=True) - shift
         high = x.masked_fill(~valid, -math.inf).amax(1, keepdim=True) - shift
         for _ in range(60):
             theta = (low + high) / 2
-            too_many = torch.sigmoid(x - theta).masked_fill(~valid, 0).sum(1, keepdim=True) > k_
-            low, high = torch.where(too_many, theta, low), torch.where(too_many, high, theta)
+            total = torch.sigmoid(x - theta).masked_fill(~valid, 0).sum(1, keepdim=True)
+            too_many = total > k_
+            low = torch.where(too_many, theta, low)
+            high = torch.where(too_many, high, theta)
         a = torch.sigmoid(x - theta).masked_fill(~valid, 0)
-        g = (a * torch.sigmoid(theta - x)).masked_fill(~valid, 0)          # 1 - a without cancellation
-        ctx.save_for_backward(g)
-        ctx.tau, ctx.dtypes = tau, (z.dtype, k.dtype)
+        rest = torch.sigmoid(theta - x)                          # 1 - a without cancellation
+        ctx.save_for_backward((a * rest).masked_fill(~valid, 0))
+        ctx.tau = tau
+        ctx.dtypes = (z.dtype, k.dtype)
         return a.to(z.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (g,) = ctx.saved_tensors
-        grad, total = grad.double(), g.sum(1, keepdim=True)
-        mean = (g * grad).sum(1, keepdim=True) / total.clamp_min(1e-300)   # all saturated: 0, not 0/0
-        dz, dk = g * (grad - mean) / ctx.tau, mean.squeeze(1)
+        grad = grad.double()
+        total = g.sum(1, keepdim=True)
+        mean = (g * grad).sum(1, keepdim=True) / total.clamp_min(1e-300)   # saturated: 0, not 0/0
+        dz = g * (grad - mean) / ctx.tau
+        dk = mean.squeeze(1)
         return dz.to(ctx.dtypes[0]), dk.to(ctx.dtypes[1]), None, None
 
 
 def soft_topk(z: Tensor, k: float | Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
-    """a_i = sigmoid((z_i - theta) / tau), theta such that a sums to K over the image.               Eq. (4)
+    """a_i = sigmoid((z_i - theta) / tau), theta such that a sums to K over the image.      Eq. (4)
 
-    tau -> 0 gives the 0/1 mask of the K largest. Differentiable in z and in K. One number K must fit every
-    image; a tensor, () or (B,), is clamped to each image's token count. Half precision becomes float32.
+    tau -> 0 gives the 0/1 mask of the K largest. Differentiable in z and in K. One number K must
+    fit every image; a tensor, () or (B,), is clamped to each image's token count.
     """
     if not tau > 0:
         raise ValueError(f"tau={tau} must be positive")
@@ -154,17 +200,18 @@ def soft_topk(z: Tensor, k: float | Tensor, tau: float, valid: Tensor | None = N
             raise ValueError(f"keep={k} does not fit {fewest} visual tokens")
     valid = torch.ones_like(z, dtype=torch.bool) if valid is None else valid.bool()
     k = torch.as_tensor(k, dtype=z.dtype, device=z.device).expand(len(z))
-    return _SoftTopK.apply(z, torch.minimum(k.clamp_min(0), valid.sum(1).to(k)), float(tau), valid)
+    k = torch.minimum(k.clamp_min(0), valid.sum(1).to(k))
+    return _SoftTopK.apply(z, k, float(tau), valid)
 
 
-def temperature(step: int, steps: int, cfg: Config) -> float:
-    """tau of Eq. (4) at a step: a cosine from tau_start at 0 to tau_end at `steps`, flat after."""
-    done = min(step / max(steps, 1), 1.0)
+def temperature(number: int, total: int, cfg) -> float:
+    """tau of Eq. (4) at a step: a cosine from cfg.tau_start at 0 to cfg.tau_end at `total`."""
+    done = min(number / max(total, 1), 1.0)
     return cfg.tau_end + (cfg.tau_start - cfg.tau_end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def standardise(v: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """To mean 0 and variance 1 in each channel, the space in which N(0, I) is noise of equal power."""
+    """To mean 0 and variance 1 in each channel, where N(0, I) is noise of equal power."""
     return (v - mean) / std.clamp_min(1e-6)
 
 
@@ -178,35 +225,35 @@ def per_token(a: Tensor, v: Tensor) -> Tensor:
 
 
 def vp_gate(v: Tensor, a: Tensor, noise: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """v~ = sqrt(a) v + sqrt(1 - a) e on standardised tokens: weak tokens drown, none disappears.    Eq. (5)
+    """v~ = sqrt(a) v + sqrt(1 - a) e: weak tokens drown, none disappears.                  Eq. (5)
 
-    a = 1 hands a token on, a = 0 leaves noise of the same mean and variance; both hold to 1e-4, for the 1e-8
-    under the roots that keeps their slope finite. noise is a draw of N(0, I) in v's shape.
+    a = 1 hands a token on, a = 0 leaves noise of the same mean and variance; both hold to 1e-4,
+    for the 1e-8 under the roots keeps their slope finite. noise: N(0, I) in v's shape.
     """
     a = per_token(a, v)
-    x = (a + 1e-8).sqrt() * standardise(v, mean, std) + (1 - a + 1e-8).sqrt() * noise
-    return destandardise(x, mean, std)
+    signal = (a + 1e-8).sqrt() * standardise(v, mean, std)
+    return destandardise(signal + (1 - a + 1e-8).sqrt() * noise, mean, std)
 
 
 def scale_gate(v: Tensor, a: Tensor) -> Tensor:
-    """v~ = a v, the ablation of Table 5: a weak token gets shorter, yet its direction stays readable."""
+    """v~ = a v (Table 5): a weak token gets shorter, yet its direction stays readable."""
     return per_token(a, v) * v
 
 
 def draw(kind, shape, generator, device) -> Tensor:
-    """torch.randn or torch.rand of this shape. generator: one or None; or a list, one per row, so that what a picture
-    draws does not depend on those that share its batch."""
+    """torch.randn or torch.rand of this shape. generator: one or None; or a list, one per row, so
+    that what a picture draws does not depend on those that share its batch."""
     if not isinstance(generator, list):
         return kind(shape, generator=generator, device=device)
     return torch.stack([kind(shape[1:], generator=g, device=device) for g in generator])
 
 
 class Denoiser(nn.Module):
-    """One block that maps noised tokens back to what the language model expects; training only.   Section 3.4
+    """A block that maps noised tokens back to what the language model expects; training only.
 
-    diagonal: attention under an identity mask. That equals attention over sequences of length 1, so every
-    token is made a sequence of its own: the same block, N times less attention, and nothing can leak.
-    global: every token sees every other (Table 5) and may repair itself with what the gate took from it.
+    diagonal: attention under an identity mask. That equals attention over sequences of length 1,
+    so every token is made a sequence of its own: the same block, N times less attention.
+    global: every token sees every other (Table 5) and may repair what the gate took from it.
     """
 
     def __init__(self, width: int, heads: int, diagonal: bool = True):
@@ -221,92 +268,139 @@ class Denoiser(nn.Module):
         """x (B, N, C) -> (B, N, C), both standardised."""
         if not self.diagonal:
             return self.block(x, src_key_padding_mask=None if valid is None else ~valid)
-        alone = x.reshape(-1, 1, x.shape[-1])                              # (B N, 1, C)
+        single = x.reshape(-1, 1, x.shape[-1])                             # (B N, 1, C)
         # attention kernels on GPUs take at most 65535 sequences at once
-        return torch.cat([self.block(part) for part in alone.split(32768)]).reshape(x.shape)
+        parts = [self.block(part) for part in single.split(32768)]
+        return torch.cat(parts).reshape(x.shape)
 
 
-class NoiseGate(nn.Module):
-    """Eq. (5), the denoiser, and the statistics that both need. StepPrune has the same (its Eqs. 13 and 14).
+class NoiseGate(Selector):
+    """Eq. (5), the denoiser, and the statistics of tokens that both need. StepPrune has the same.
 
     Parameters are float32; tokens come in any float type and leave in the same.
-    alone: forward() in training takes in the statistics of its tokens by itself. A loop that works a step off in parts,
-    or on several processes, sets it to False and calls observe() with those of the whole step.
     """
-    alone = True
 
     def __init__(self, width: int, heads: int, gate: str = "noise", denoiser: str = "diagonal"):
         super().__init__()
         self.gate = gate
-        self.denoiser = Denoiser(width, heads, denoiser == "diagonal") if denoiser != "none" else None
+        self.denoiser = None
+        if denoiser != "none":
+            self.denoiser = Denoiser(width, heads, denoiser == "diagonal")
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # tokens seen by the two above
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # tokens seen so far
 
     @torch.no_grad()
-    def observe(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Mean and std per channel of all tokens so far, from mean and var (C,), correction 0, of `count` new ones; the
+    def observe(self, vlm, parts: list, step) -> None:
+        """Take in mean and std per channel of all tokens of a step, on all processes."""
+        sums = []
+        for _, units in parts:
+            v, valid = units.pad()
+            x = v[valid].reshape(-1, v.shape[-1]).float().double()
+            sums.append(torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
+        sums = step.sum(torch.stack(sums).sum(0))
+        mean, square = (sums[1:] / sums[0]).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        self.take_in(sums[0].long(), mean.float(), variance.float())
+
+    @torch.no_grad()
+    def take_in(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
+        """Mean and std of all tokens so far, from mean and var (C,) of `count` new ones. The
         encoder is frozen, so nothing is forgotten."""
         # new tensors, not in place: a graph of an earlier forward may still need the old ones
         self.count = self.count + count
-        w, shift = count / self.count, mean - self.mean
-        self.std = ((1 - w) * self.std.square() + w * var + w * (1 - w) * shift.square()).sqrt()
+        w = count / self.count
+        shift = mean - self.mean
+        spread = w * (1 - w) * shift.square()
+        self.std = ((1 - w) * self.std.square() + w * var + spread).sqrt()
         self.mean = self.mean + w * shift
 
-    def tokens(self, v: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(M, C), what the statistics are of: every patch of every token."""
-        return (v if valid is None else v[valid]).reshape(-1, v.shape[-1]).float()
-
-    def update_statistics(self, v: Tensor, valid: Tensor | None = None) -> None:
-        """observe() of these tokens."""
-        x = self.tokens(v, valid)
-        var, mean = torch.var_mean(x, dim=0, correction=0)
-        self.observe(torch.tensor(len(x), device=x.device), mean, var)
-
     def gated(self, v: Tensor, a: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
-        """v~ after the denoiser, of v's shape and type. Padding comes back as noise: the caller drops it."""
+        """v~ after the denoiser, of v's shape and type. Padding comes back as noise."""
         if self.gate == "noise":
-            noise = draw(torch.randn, v.shape, generator, v.device)                # fresh for each patch
-            out = vp_gate(v, a, noise, self.mean, self.std)
+            noise = draw(torch.randn, v.shape, generator, v.device)        # fresh for each patch
+            noised = vp_gate(v, a, noise, self.mean, self.std)
         else:
-            out = scale_gate(v, a)
-        if self.denoiser is not None:
-            x = standardise(out, self.mean, self.std)
-            seen = None if valid is None else valid.repeat_interleave(x.shape[2:-1].numel(), 1)
-            x = self.denoiser(x.flatten(1, -2), seen).reshape(v.shape)
-            out = destandardise(x, self.mean, self.std)
-        return out.to(v.dtype)
+            noised = scale_gate(v, a)
+        if self.denoiser is None:
+            return noised.to(v.dtype)
+        x = standardise(noised, self.mean, self.std)
+        patches = x.shape[2:-1].numel()
+        here = None if valid is None else valid.repeat_interleave(patches, 1)
+        x = self.denoiser(x.flatten(1, -2), here).reshape(v.shape)
+        return destandardise(x, self.mean, self.std).to(v.dtype)
 
 
-class AutoSelect(NoiseGate, PyTorchModelHubMixin):
-    """Scorer and denoiser around a frozen VLM: forward() while training, select() afterwards."""
+class AutoSelect(NoiseGate):
+    """Scorer, noise gate and denoiser around a frozen VLM."""
+
+    further_ways = ("gated",)
 
     def __init__(self, cfg: Config):
-        scorer = Scorer(cfg.width, cfg.layers, cfg.heads) if cfg.scorer == "learned" else None
+        # the scorer draws its weights first
+        learned = cfg.scorer == "learned"
+        scorer = Scorer(cfg.width, cfg.layers, cfg.heads) if learned else None
         super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser)
-        self.cfg, self.scorer = cfg, scorer
+        self.cfg = cfg
+        self.scorer = scorer
 
-    def scores(self, v: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
+    def loss(self, vlm, batch, units, step) -> tuple[Tensor, dict]:
+        """Eq. (1): the frozen VLM's own loss on gated tokens."""
+        v, valid = units.pad()                                             # (B, N, C), (B, N)
+        tau = temperature(step.number, step.total, self.cfg)
+        keep = self.cfg.keep[step.number % len(self.cfg.keep)]
+        if keep < 1:
+            keep = (keep * valid.sum(1)).round().clamp(min=1)              # (B,)
+        with step.autocast():
+            gated, a = self(v, valid, keep, tau, step.generators(batch.owner))
+
+        # Every token is still there: the language model runs at full length, and only signal was
+        # lost, no places. Its loss is a mean over this part's answer tokens, hence the factor.
+        prompt = vlm.embed(batch.rows, units, units.flat(gated))
+        loss = vlm.loss(prompt) * batch.answers / step.answers
+        return loss, {"keep": torch.as_tensor(keep).float().mean().item(), "tau": tau,
+                      "sharpness": sharpness(a, valid)}
+
+    def forward(self, v: Tensor, valid: Tensor | None, keep: float | Tensor, tau: float,
+                generator=None) -> tuple[Tensor, Tensor]:
+        """v -> (v~ after the denoiser, same shape and type; a (B, N) float32).    Eqs. (3)-(5)"""
+        s = self.token_scores(v, valid, generator)
+        a = soft_topk(zscore(s, valid), keep, tau, valid)
+        return self.gated(v, a, valid, generator), a
+
+    def token_scores(self, v: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:
         """s (B, N), Eq. (3); with scorer="random" a fresh draw at each call."""
         if self.scorer is None:
             return draw(torch.rand, v.shape[:2], generator, v.device)
         x = standardise(v, self.mean, self.std)
         return self.scorer(x.mean(2) if x.dim() == 4 else x, valid)
 
-    def forward(self, v: Tensor, valid: Tensor | None = None, keep: float | Tensor | None = None,
-                tau: float | None = None, generator=None) -> tuple[Tensor, Tensor]:
-        """v -> (v~ after the denoiser, same shape and type; a (B, N) float32). Eq. (1) is read on it.
-
-        keep defaults to cfg.keep, tau to cfg.tau_end.
-        """
-        if self.training and self.alone:
-            self.update_statistics(v, valid)
-        z = zscore(self.scores(v, valid, generator), valid)
-        keep = self.cfg.keep if keep is None else keep
-        a = soft_topk(z, keep, self.cfg.tau_end if tau is None else tau, valid)
-        return self.gated(v, a, valid, generator), a
+    @torch.no_grad()
+    def select(self, units, question, keep) -> list[Tensor]:
+        """Eq. (2): the K best scores; no noise, no denoiser. The question is not read."""
+        v, valid = units.pad()
+        return hard_topk(self.token_scores(v, valid), keep, valid)
 
     @torch.no_grad()
-    def select(self, v: Tensor, valid: Tensor | None = None, keep=None, generator=None) -> list[Tensor]:
-        """The tokens that reach the language model, one ascending int64 tensor an image.        Eq. (2)"""
-        return hard_topk(self.scores(v, valid, generator), self.cfg.keep if keep is None else keep, valid)
+    def scores(self, units, question) -> Tensor:
+        return units.flat(self.token_scores(*units.pad()))
+
+    def ways(self, names, budgets, calibration) -> dict[str, Way]:
+        """"gated": answer through the noise gate instead of removing tokens (Figure 5)."""
+        ways = super().ways(names, budgets, calibration)
+        if "gated" in names:
+            ways[" gated"] = Way(gate=self._gate)
+        return ways
+
+    @torch.no_grad()
+    def _gate(self, asked, keep: int) -> Tensor:
+        v, valid = asked.units.pad()
+        return asked.units.flat(self(v, valid, keep, self.cfg.tau_end)[0])
+
+
+def sharpness(a: Tensor, valid: Tensor) -> float:
+    """0 where every token keeps half its signal, 1 where each is kept or drowned."""
+    return (2 * a - 1).abs()[valid].mean().item()
+
+
+Method = AutoSelect

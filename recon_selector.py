@@ -1,123 +1,182 @@
 """Reconstruction selector: keep the tokens from which the others, and the picture, can be rebuilt.
 
-"Adaptive Vision Token Selection for Multi-Modal Inference" (anonymous, under review). No language model takes part in
-training: features and pixels only.
+"Adaptive Vision Token Selection for Multi-Modal Inference" (anonymous, under review). Training sees
+features and pixels: no question, no answer, no language model.
 
-    (1)  a subset is better if more can be rebuilt from it: dist(R(F1), F) < dist(R(F2), F)       distance
-    (2)  min dist(R(S(F)), F) + L_pr                                                              ReconSelector
-    (4)  L_pr -> max(L_pr, p) - min(L_pr, q): no pressure while q < L_pr < p                      dead_zone
-    (5)  F_pr, M = S(F): four blocks, two logits, hard Gumbel-softmax; E_masked for what goes     FeatureSelector,
-                                                                                                  hard_mask, put_masked
-    (6)  F_rec = R_f(F_pr), I_rec = R_im(F_rec)                        FeatureReconstructor, ImageReconstructor
-    (7)  L_pr = mean of M                                                                         kept_share
-    (8)  |F_rec - F| + |I_rec - I| + alpha1 max(L_pr, p) - alpha2 min(L_pr, q)                    ReconSelector.forward
+    (1)  F1 beats F2 if dist(R(F1), F) < dist(R(F2), F)              distance
+    (2)  min dist(R(S(F)), F) + L_pr                                 ReconSelector
+    (3)  dist = dist(F_rec, F) + dist(I_rec, I)                      ReconSelector.errors
+    (4)  L_pr -> max(L_pr, p) - min(L_pr, q): free for q < L_pr < p  dead_zone
+    (5)  F_pr, M = S(F): two logits, hard Gumbel-softmax             FeatureSelector, hard_mask
+         E_masked, learned, in place of what is dropped              put_masked
+    (6)  F_rec = R_f(F_pr), I_rec = R_im(F_rec)                      Feature-, ImageReconstructor
+    (7)  L_pr = mean of M                                            kept_share
+    (8)  |F_rec - F| + |I_rec - I|
+           + alpha1 max(L_pr, p) - alpha2 min(L_pr, q)               ReconSelector.loss
 
-Shapes  B images, N visual tokens, C width of a token between vision encoder and projector
-        v (B, N, C) tokens F | logits (B, N, 2), 1 for keep | mask (B, N) M, 1 for kept | pixels (B, 3, H, W) I
-        v (B, N, P, C) where P patches are merged into one token later: the selector sees their mean
-Read    downwards: the equations in the paper's order, then ReconSelector, which strings them together.
-Ours    - |x|_2 is the root of the mean square of a picture's tokens or pixels, so that alpha means the same for every
-          number of them. The paper's scale is not told: on the tiny world its alpha = 0.1 is too weak for ours, every
-          token is kept after 50 steps, nothing is ever rebuilt, and there is no way back; train.py takes 1.
-        - Tokens are standardised per channel by running statistics (BatchNorm without weights).
-        - E_masked is told apart by a learned position of the grid, resized to any other grid, for two masked tokens
-          would else be rebuilt alike. The selector gets none: the encoder's features carry it.
-        - Upsampling doubles while it fits into a patch, then resizes to the picture exactly.
-B.4     select(), scores() and forward() take any tokens. For the conditional selector v are the states of the visual
-        tokens behind a middle layer of the language model, with the question in front of the image, and what is not
-        kept is dropped there: common's generate_within().
-Crops   A picture in crops (LLaVA-NeXT) is as many rows: each is selected, and rebuilt, alone.
+Shapes  B images, N visual tokens, C width of a token before the projector
+        v (B, N, C) tokens; (B, N, P, C) where P patches become one later: S sees their mean
+        x (B, N, C) F, the tokens standardised | valid (B, N) False at padding
+        logits (B, N, 2), 1 for keep | mask (B, N) M, 1 for kept | pixels (B, 3, H, W) I
+Read    downwards: the equations in the paper's order, then ReconSelector, which joins them.
+
+What differs from the paper, or what it leaves open [ours]
+- |x|_2 is the root of the mean square of a picture's tokens or pixels, so that alpha means the same
+  for every number of them. The paper's scale is not told, and its alpha = 0.1 is too weak for this
+  one: on the tiny world every token is kept after some fifty steps, nothing is ever rebuilt, and
+  there is no way back (one trial). Hence alpha = 1.
+- F is standardised per channel by running statistics, as BatchNorm without weights does.
+- Two dropped tokens would be rebuilt alike: R_f adds a learned position of the grid, resized to any
+  other grid. S gets none, for the encoder's features carry it.
+- L_pr of Eq. 4 is that of the whole step, however many parts and processes share its pictures.
+- R_im doubles the grid while it fits into a patch, then resizes to the picture exactly.
+- The three stages of training are read as three cosines, in shares of any number of steps.
+- A picture in crops (LLaVA-NeXT) is as many pictures: each is selected, and rebuilt, by itself.
+- B.4, conditional selection: F are the visual tokens' states behind a middle layer of the language
+  model, the question stands before and behind the image, and what is not kept leaves there.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
+
+from baselines import inside, random_tokens
+from common import Units, split_by
+from runs import Selector, Way, check_ways
 
 
 @dataclass
-class Config:
-    width: int = 1024             # C, 1024 for CLIP ViT-L                              [paper: LLaVA]
-    layers: int = 4               # selector blocks; 1 to 8 in Figure 4                 [paper]
-    rebuild_layers: int = 4       # blocks of the feature reconstructor                 [paper]
-    image_layers: int = 2         # blocks of the image reconstructor                   [paper]
-    heads: int = 16               # as the vision encoder itself                        [ours]
-    patch: int = 14               # pixels of a token's side                            [paper: CLIP ViT-L/14]
-    channels: int = 64            # of the last upsampled picture                       [ours]
-    grid: int = 24                # side of the learned positions                       [paper: 336 px]
-    p: float = 0.6                # upper end of the dead zone                          [paper]
-    q: float = 0.1                # lower end                                           [paper]
-    alpha1: float = 0.1           # weight above p                                      [paper]
-    alpha2: float = 0.1           # weight below q                                      [paper]
-    tau: float = 1.0              # of the Gumbel-softmax                               [ours]
-    estimator: str = "gumbel"     # "gumbel" (Eq. 5) | "softmax" (B.1)                  [paper]
-    regulariser: str = "dead_zone"  # Eq. 4 | "plain": alpha1 L_pr (B.2)                [paper]
+class Sizes:
+    """What follows from the frozen VLM."""
+    width: int = 1024                       # C, 1024 for CLIP ViT-L
+    patch: int = 14                         # pixels of a token's side, 14 for CLIP ViT-L/14
+    channels: int = 64                      # of the last upsampled picture [ours]
+    grid: int = 24                          # side of the learned positions, 24 for 336 pixels
+
+    @classmethod
+    def of(cls, vlm, **options):
+        reads_language = options.get("select_after_layer", 0) > 0
+        return cls(width=vlm.dim if reads_language else vlm.width, patch=vlm.unit_side,
+                   channels=max(16, vlm.width // 16), grid=vlm.fingerprint()["vision_side"] or 24,
+                   **options)
+
+
+@dataclass
+class Config(Sizes):
+    """Every option of the method; TINY and LARGE say what is used unless told otherwise."""
+    layers: int = HfArg(default=4, help="blocks of S, Eq. 5 [paper; 1 to 8 in Figure 4]")
+    rebuild_layers: int = HfArg(default=4, help="blocks of R_f, Eq. 6 [paper]")
+    image_layers: int = HfArg(default=2, help="blocks of R_im, Eq. 6 [paper]")
+    heads: int = HfArg(default=16, help="attention heads of all blocks [ours: as CLIP ViT-L]")
+    keep_high: float = HfArg(
+        default=0.6, help="p of Eq. 4: share of kept tokens above which it presses [paper]")
+    keep_low: float = HfArg(default=0.1, help="q of Eq. 4: ... and below which [paper]")
+    alpha1: float = HfArg(
+        default=1.0, help="weight above p, Eq. 8 [ours; the paper's 0.1 is of another scale]")
+    alpha2: float = HfArg(default=1.0, help="weight below q, Eq. 8 [ours; the paper's is 0.1]")
+    tau: float = HfArg(default=1.0, help="temperature of the softmax in Eq. 5 [ours]")
+    estimator: Literal["gumbel", "softmax"] = HfArg(
+        default="gumbel", help="Eq. 5: hard Gumbel-softmax [paper]; softmax: B.1, no noise")
+    regulariser: Literal["dead_zone", "plain"] = HfArg(
+        default="dead_zone", help="Eq. 4 [paper]; plain: alpha1 L_pr, which collapses (B.2)")
+    select_after_layer: int = HfArg(
+        default=0, help="select behind this layer of the language model, from its states, the "
+                        "question before and behind the image (B.4); 0: behind the encoder [paper]")
 
     def __post_init__(self):
-        for name, known in (("estimator", ("gumbel", "softmax")), ("regulariser", ("dead_zone", "plain"))):
+        for name, known in (("estimator", ("gumbel", "softmax")),
+                            ("regulariser", ("dead_zone", "plain"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
-        if not 0 <= self.q <= self.p <= 1 or min(self.alpha1, self.alpha2) < 0:
-            raise ValueError(f"q={self.q}, p={self.p}, alpha1={self.alpha1}, alpha2={self.alpha2}: expected "
-                             "0 <= q <= p <= 1 and no negative alpha")
+        zone = 0 <= self.keep_low <= self.keep_high <= 1
+        if not zone or min(self.alpha1, self.alpha2) < 0:
+            raise ValueError(f"keep_low={self.keep_low}, keep_high={self.keep_high}, "
+                             f"alpha1={self.alpha1}, alpha2={self.alpha2}: expected "
+                             "0 <= keep_low <= keep_high <= 1 and no negative alpha")
+        if self.select_after_layer < 0:
+            raise ValueError(f"select_after_layer={self.select_after_layer}: expected a layer of "
+                             "the language model, or 0 for behind the vision encoder")
+
+
+# steps=0: as epochs say; batch: pictures a step; autocast: matrix products in bfloat16 [ours]
+TINY = dict(steps=0, epochs=3.0, batch=16, lr=1e-3, autocast=True, layers=4, heads=4)       # ours
+LARGE = dict(steps=0, epochs=100.0, batch=32, lr=1e-5, autocast=True, layers=4, heads=16)   # paper
+
+
+# ------------------------------------------------------------------------------------ Eqs. (1)-(4)
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
-    """(B,) |x - y| of each picture, the root of the mean square.                                 Eqs. (1), (3)"""
+    """(B,) |x - y| of each picture, the root of the mean square.                  Eqs. (1), (3)"""
     return (x - y).square().flatten(1).mean(1).add(1e-12).sqrt()
 
 
-def kept_share(mask: Tensor, valid: Tensor) -> Tensor:
-    """L_pr, the share of tokens that were kept, mean over images.                                     Eq. (7)"""
-    return ((mask * valid).sum(1) / valid.sum(1)).mean()
-
-
 def dead_zone(share: Tensor, p: float, q: float, alpha1: float, alpha2: float) -> Tensor:
-    """alpha1 max(L_pr, p) - alpha2 min(L_pr, q): flat between q and p.                           Eqs. (4), (8)"""
+    """alpha1 max(L_pr, p) - alpha2 min(L_pr, q): flat between q and p.            Eqs. (4), (8)"""
     return alpha1 * share.clamp_min(p) - alpha2 * share.clamp_max(q)
 
 
-def hard_mask(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
-    """M (B, N): 0 or 1 forwards, softmax((logits + noise) / tau) backwards.                           Eq. (5)
+# ------------------------------------------------------------------------------------ Eq. (5)
 
-    noise in logits' shape: -log(-log u) for Gumbel-softmax, zeros for the straight-through softmax of B.1.
+
+def blocks(width: int, heads: int, layers: int) -> nn.ModuleList:
+    """Pre-norm Transformer blocks, each with weights of its own from the start."""
+    return nn.ModuleList(
+        nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
+                                   batch_first=True, norm_first=True) for _ in range(layers))
+
+
+class FeatureSelector(nn.Module):
+    """S: two logits a token, drop and keep.                                             Eq. (5)"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.blocks = blocks(cfg.width, cfg.heads, cfg.layers)
+        self.norm = nn.LayerNorm(cfg.width)
+        self.head = nn.Linear(cfg.width, 2)
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        for layer in self.blocks:
+            x = layer(x, src_key_padding_mask=~valid)
+        return self.head(self.norm(x))                           # (B, N, 2)
+
+
+def gumbel_noise(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """-log(-log u) in logits' shape. One generator a row, so that what a picture draws does not
+    depend on those that share its batch."""
+    u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=logits.device)
+                     for g in generators])
+    u = u.clamp(1e-9, 1 - 1e-7)
+    return -(-u.log()).log().to(logits)
+
+
+def hard_mask(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
+    """M (B, N): 0 or 1 forwards, softmax((logits + noise) / tau) backwards.                Eq. (5)
+
+    noise in logits' shape: gumbel_noise(), or zeros for the straight-through softmax of B.1.
     """
     soft = ((logits + noise) / tau).softmax(-1)[..., 1]
     hard = (logits + noise).argmax(-1).to(soft)
     return hard + (soft - soft.detach())
 
 
-def put_masked(v: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
-    """F_pr (B, N, C): what is dropped is replaced by one learned embedding, masked (C,).              Eq. (5)"""
+def put_masked(x: Tensor, mask: Tensor, masked: Tensor) -> Tensor:
+    """F_pr (B, N, C): one learned embedding, masked (C,), in place of what is dropped.  Eq. (5)"""
     mask = mask.unsqueeze(-1)
-    return mask * v + (1 - mask) * masked
+    return mask * x + (1 - mask) * masked
 
 
-def blocks(width: int, heads: int, layers: int) -> nn.ModuleList:
-    """Pre-norm Transformer blocks, each with its own start."""
-    return nn.ModuleList(nn.TransformerEncoderLayer(width, heads, 4 * width, dropout=0.0, activation="gelu",
-                                                    batch_first=True, norm_first=True) for _ in range(layers))
-
-
-class FeatureSelector(nn.Module):
-    """S: two logits a token, drop and keep.                                                           Eq. (5)"""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.blocks = blocks(cfg.width, cfg.heads, cfg.layers)
-        self.norm, self.head = nn.LayerNorm(cfg.width), nn.Linear(cfg.width, 2)
-
-    def forward(self, v: Tensor, valid: Tensor) -> Tensor:
-        for layer in self.blocks:
-            v = layer(v, src_key_padding_mask=~valid)
-        return self.head(self.norm(v))
+# ------------------------------------------------------------------------------------ Eq. (6)
 
 
 class FeatureReconstructor(nn.Module):
-    """R_f: all tokens again, from those that were kept.                                               Eq. (6)"""
+    """R_f: all tokens again, from those that were kept.                                 Eq. (6)"""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -138,160 +197,296 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(nn.GroupNorm(1, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1),
-                                  nn.GroupNorm(1, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1))
+        self.body = nn.Sequential(
+            nn.GroupNorm(1, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(1, channels), nn.GELU(), nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class ImageReconstructor(nn.Module):
-    """R_im: the picture from the rebuilt tokens; two blocks, then upsampling and residual blocks in turn.   Eq. (6)"""
+    """R_im: the picture from the rebuilt tokens; upsampling and residual blocks in turn.Eq. (6)"""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.blocks = blocks(cfg.width, cfg.heads, cfg.image_layers)
-        stages, doublings = [], max(cfg.patch.bit_length() - 1, 1)          # 2^doublings <= patch
-        widths = [cfg.width, *(max(cfg.channels, cfg.width >> i) for i in range(1, doublings + 1))]
-        for before, after in zip(widths, widths[1:]):
-            stages += [nn.Upsample(scale_factor=2), nn.Conv2d(before, after, 3, padding=1), Residual(after)]
-        self.up, self.out = nn.Sequential(*stages), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        doublings = max(cfg.patch.bit_length() - 1, 1)           # 2^doublings <= patch
+        width = cfg.width
+        stages = []
+        for i in range(1, doublings + 1):
+            narrower = max(cfg.channels, cfg.width >> i)
+            stages += [nn.Upsample(scale_factor=2), nn.Conv2d(width, narrower, 3, padding=1),
+                       Residual(narrower)]
+            width = narrower
+        self.up = nn.Sequential(*stages)
+        self.out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, x: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
         """x (B, rows * columns, C) -> pixels (B, 3, *size)."""
         for layer in self.blocks:
             x = layer(x)
-        x = self.up(x.mT.unflatten(2, grid))
-        return self.out(F.interpolate(x, size, mode="bilinear"))
+        picture = self.up(x.mT.unflatten(2, grid))
+        return self.out(F.interpolate(picture, size, mode="bilinear"))
+
+
+# ------------------------------------------------------------------------------------ Eq. (7)
+
+
+def kept_share(mask: Tensor, valid: Tensor) -> Tensor:
+    """L_pr, the share of tokens that were kept, mean over images.                       Eq. (7)"""
+    return ((mask * valid).sum(1) / valid.sum(1)).mean()
 
 
 def stage_rate(step: int, steps: int, stages=(0.6, 0.2, 0.2), warmup: float = 0.05) -> float:
-    """Factor of the learning rate: a cosine from 1 to 0 in each stage, after a linear warm-up.        Section 4.6
+    """Factor of the learning rate: a cosine from 1 to 0 in each stage, after a linear warm-up.
 
-    The paper's 60 + 20 + 20 epochs as shares of any number of steps; that each stage is a cosine is our reading.
+    stages: the paper's 60 + 20 + 20 epochs as shares of any number of steps.
     """
-    done, start = min(step, steps - 1) / max(steps, 1), 0.0
+    done = min(step, steps - 1) / max(steps, 1)
+    start = 0.0
     for share in stages:
         if done < start + share - 1e-9:
             break
         start += share
-    return min((step + 1) / max(warmup * steps, 1), 1.0) * (0.5 + 0.5 * math.cos(math.pi * (done - start) / share))
-
-
-class ReconSelector(nn.Module, PyTorchModelHubMixin):
-    """Selector and both reconstructors: forward() while training, select() afterwards. Parameters are float32.
-
-    alone: forward() in training standardises tokens by their own statistics, and takes these in. A loop that works a
-    step off in parts, or on several processes, sets it to False and calls observe() with those of the whole step.
-    """
-    alone = True
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg, self.selector = cfg, FeatureSelector(cfg)
-        self.features, self.image = FeatureReconstructor(cfg), ImageReconstructor(cfg)
-        self.masked = nn.Parameter(torch.randn(cfg.width) * 0.02)                       # E_masked
-        self.norm = nn.BatchNorm1d(cfg.width, affine=False, momentum=None)              # running statistics
-
-    @torch.no_grad()
-    def observe(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        """The running statistics, from mean and var (C,), correction 0, of `count` new tokens: as BatchNorm's own."""
-        self.norm.num_batches_tracked += 1
-        weight = 1 / self.norm.num_batches_tracked
-        self.norm.running_mean.lerp_(mean.to(self.masked), weight)
-        self.norm.running_var.lerp_((var * count / (count - 1)).to(self.masked), weight)
-
-    def tokens(self, v: Tensor, valid: Tensor) -> Tensor:
-        """(M, C), what the statistics are of: every token, of several patches their mean."""
-        return (v.mean(2) if v.dim() == 4 else v).to(self.masked.dtype)[valid]
-
-    def standardised(self, v: Tensor, valid: Tensor) -> Tensor:
-        """v (B, N, C) or (B, N, P, C) -> (B, N, C), mean 0 and variance 1 in each channel."""
-        self.norm.train(self.training and self.alone)
-        x = self.norm(self.tokens(v, valid))
-        return x.new_zeros(*valid.shape, x.shape[-1]).masked_scatter(valid.unsqueeze(-1), x)
-
-    def logits(self, v: Tensor, valid: Tensor) -> Tensor:
-        """(B, N, 2)."""
-        return self.selector(self.standardised(v, valid), valid)
-
-    def rebuild(self, x: Tensor, mask: Tensor, grid, size) -> tuple[Tensor, Tensor]:
-        """F_rec and I_rec of pictures of one grid and size, from standardised tokens x and a mask.   Eq. (6)"""
-        rebuilt = self.features(put_masked(x, mask, self.masked), grid)
-        return rebuilt, self.image(rebuilt, grid, size)
-
-    def errors(self, x: Tensor, mask: Tensor, pixels: list[Tensor], grids: list) -> tuple[Tensor, Tensor]:
-        """|F_rec - F| and |I_rec - I|, (B,) each. Pictures of one shape are rebuilt together.
-
-        x (B, N, C) standardised, mask (B, N), pixels[b] (3, H, W), grids[b] (rows, columns) of its units.
-        """
-        shapes = [(grid, picture.shape[1:]) for grid, picture in zip(grids, pixels)]
-        order, found = [], []
-        for grid, size in dict.fromkeys(shapes):
-            rows, n = [b for b, shape in enumerate(shapes) if shape == (grid, size)], grid[0] * grid[1]
-            rebuilt, picture = self.rebuild(x[rows, :n], mask[rows, :n], grid, size)
-            wanted = torch.stack([pixels[b] for b in rows]).to(picture)
-            found.append(torch.stack([distance(rebuilt, x[rows, :n]), distance(picture, wanted)]))
-            order += rows
-        feature, image = torch.cat(found, 1)[:, torch.tensor(order).argsort()]
-        return feature, image
-
-    def forward(self, v: Tensor, valid: Tensor, pixels: list[Tensor], grids: list, generator=None,
-                everyone=lambda x: x) -> tuple[Tensor, dict]:
-        """v (B, N, C) or (B, N, P, C), valid (B, N); pixels, grids as in errors() -> loss, parts.   Eq. (8)
-
-        generator: one, or a list with one per row. everyone: what makes of a number of these pictures its mean over
-        all processes, for Eq. (4) bends at the share of the whole batch.
-        """
-        cfg, x = self.cfg, self.standardised(v, valid)
-        logits = self.selector(x, valid).to(x.dtype)
-        noise = torch.zeros_like(logits)
-        if cfg.estimator == "gumbel":
-            if isinstance(generator, list):                # one per row: no picture's noise depends on its batch
-                u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=v.device) for g in generator])
-            else:
-                u = torch.rand(logits.shape, generator=generator, device=v.device)
-            u = u.clamp(1e-9, 1 - 1e-7)
-            noise = -(-u.log()).log().to(logits)
-        mask = hard_mask(logits, noise, cfg.tau) * valid                      # what is not there cannot be kept
-        feature, image = (error.mean() for error in self.errors(x, mask, pixels, grids))
-        share = kept_share(mask, valid)
-        share = share + (everyone(share.detach()) - share.detach())
-        pressure = (dead_zone(share, cfg.p, cfg.q, cfg.alpha1, cfg.alpha2) if cfg.regulariser == "dead_zone"
-                    else cfg.alpha1 * share)
-        return feature + image + pressure, {"feature": feature.item(), "image": image.item(), "kept": share.item(),
-                                            "pressure": pressure.item()}
-
-    @torch.no_grad()
-    def scores(self, v: Tensor, valid: Tensor) -> Tensor:
-        """s (B, N): how far keep stands above drop; the hard mask is s > 0."""
-        logits = self.logits(v, valid)
-        return logits[..., 1] - logits[..., 0]
-
-    @torch.no_grad()
-    def select(self, v: Tensor, valid: Tensor, keep: int | list[int] | None = None) -> list[Tensor]:
-        """The tokens that reach the language model, one ascending int64 tensor a row: the `keep`, or keep[b], with the
-        largest logits, or with None those of the hard mask, at least one.                         Section 4.1.1"""
-        chosen = []
-        for b, (s, here) in enumerate(zip(self.scores(v, valid), valid)):
-            n, k = int(here.sum()), keep[b] if isinstance(keep, list) else keep
-            if k is not None and not 0 < k <= n:
-                raise ValueError(f"keep={k} does not fit {n} visual tokens")
-            s = s.masked_fill(~here, -torch.inf)
-            k = k or max(int((s > 0).sum()), 1)
-            chosen.append(s.argsort(descending=True, stable=True)[:k].sort().values)
-        return chosen
+    warm = min((step + 1) / max(warmup * steps, 1), 1.0)
+    return warm * (0.5 + 0.5 * math.cos(math.pi * (done - start) / share))
 
 
 def per_crop(keep: int, counts: list[int]) -> list[int]:
-    """`keep` tokens of a picture as so many of each of its crops, in proportion to their tokens, at least one of each:
-    crops are selected apart, for the selector was trained on one at a time.                       Section 5.3"""
+    """`keep` tokens of a picture as so many of each of its crops, in proportion to the crops'
+    tokens and at least one of each: S was trained on one crop at a time."""
     if not len(counts) <= keep <= sum(counts):
-        raise ValueError(f"keep={keep} of crops of {counts} tokens: expected {len(counts)} to {sum(counts)}")
+        raise ValueError(f"keep={keep} of crops of {counts} tokens: expected {len(counts)} to "
+                         f"{sum(counts)}")
     share = [max(keep * n // sum(counts), 1) for n in counts]
-    while sum(share) != keep:                           # what rounding left goes to the crop that is furthest behind
+    while sum(share) != keep:            # what rounding left goes to the crop furthest behind
         step = 1 if sum(share) < keep else -1
         behind = [step * (keep * n / sum(counts) - k) for n, k in zip(counts, share)]
-        best = max((x, -b) for b, x in enumerate(behind) if 1 <= share[b] + step <= counts[b])
-        share[-best[1]] += step
+        free = [b for b, n in enumerate(counts) if 1 <= share[b] + step <= n]
+        share[max(free, key=lambda b: (behind[b], -b))] += step
     return share
+
+
+# ------------------------------------------------------------------------------------ the method
+
+
+class ReconSelector(Selector):
+    """S, R_f and R_im. Parameters are float32; tokens come in any float type."""
+
+    weight_decay = 0.0
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.selector = FeatureSelector(cfg)
+        self.features = FeatureReconstructor(cfg)
+        self.image = ImageReconstructor(cfg)
+        self.masked = nn.Parameter(torch.randn(cfg.width) * 0.02)                      # E_masked
+        self.norm = nn.BatchNorm1d(cfg.width, affine=False)                  # holds the statistics
+        self.share_of_step = None              # L_pr, where loss() sees only some of the pictures
+
+    @property
+    def rows(self) -> str:
+        return "question twice" if self.reads_language else "picture"
+
+    @property
+    def reads_language(self) -> bool:
+        return self.cfg.select_after_layer > 0
+
+    @staticmethod
+    def learning_rate(peak: float, number: int, total: int) -> float:
+        return peak * stage_rate(number, total)
+
+    # -------------------------------------------------------------------------------- training
+
+    @torch.no_grad()
+    def read(self, vlm, batch) -> Units:
+        """The encoder's features, or the states behind a layer of the language model; every crop is
+        a picture of its own, readings["picture"] (M,) says of which one."""
+        units = super().read(vlm, batch)
+        if self.reads_language:
+            prompt = vlm.embed(batch.rows, units)
+            states = inside.visual_states(vlm, prompt, self.cfg.select_after_layer)
+            units = replace(units, feats=states)
+        return replace(units, readings={"picture": units.image_of}).apart()
+
+    @torch.no_grad()
+    def observe(self, vlm, parts: list, step) -> None:
+        """Take in mean and variance per channel of all tokens of a step, on all processes; then
+        foresee L_pr of them all, at which the dead zone bends."""
+        sums = []
+        for _, units in parts:
+            tokens = self.tokens(*units.pad()).double()
+            count = tokens.new_tensor([len(tokens)])
+            sums.append(torch.cat([count, tokens.sum(0), tokens.square().sum(0)]))
+        sums = step.sum(torch.stack(sums).sum(0))
+        mean, square = (sums[1:] / sums[0]).chunk(2)
+        variance = (square - mean.square()).clamp(min=0).float()
+        count = sums[0].long()
+
+        # the mean of all steps', with the unbiased variance, as BatchNorm keeps them
+        self.norm.num_batches_tracked += 1
+        weight = 1 / self.norm.num_batches_tracked
+        self.norm.running_mean.lerp_(mean.float().to(self.masked), weight)
+        self.norm.running_var.lerp_((variance * count / (count - 1)).to(self.masked), weight)
+
+        self.share_of_step = None
+        if step.shares > 1 and self.cfg.regulariser == "dead_zone":     # the plain one is linear
+            self.share_of_step = self.foresee_share(parts, step)
+
+    def foresee_share(self, parts: list, step) -> Tensor:
+        """L_pr of the whole step, with the noise that loss() will draw: each part alone would bend
+        at its own, and --micro would change the selector."""
+        sums = []
+        for i, (_, units) in enumerate(parts):
+            v, valid = units.pad()
+            part = step.of_part(i)
+            with part.autocast():
+                mask = self.mask(self.standardised(v, valid), valid, part.generators(owner(units)))
+                share = kept_share(mask, valid)
+            sums.append(torch.stack([share * len(valid), share.new_tensor(len(valid))]))
+        total, pictures = step.sum(torch.stack(sums).double().sum(0))
+        return total / pictures
+
+    def loss(self, vlm, batch, units, step) -> tuple[Tensor, dict]:
+        """Eq. (8), a mean over pictures. The language model is not called."""
+        cfg = self.cfg
+        v, valid = units.pad()
+        pixels = vlm.adapter.pixels(batch.pictures)                      # I of every crop
+        with step.autocast():
+            mask, feature, image = self(v, valid, pixels, units.grid, step.generators(owner(units)))
+            feature = feature.mean()                                     # |F_rec - F|
+            image = image.mean()                                         # |I_rec - I|
+            share = kept_share(mask, valid)                              # L_pr
+            if self.share_of_step is not None:     # its value for all, its slope for these pictures
+                share = share + (self.share_of_step.to(share) - share.detach())
+            if cfg.regulariser == "dead_zone":
+                pressure = dead_zone(share, cfg.keep_high, cfg.keep_low, cfg.alpha1, cfg.alpha2)
+            else:
+                pressure = cfg.alpha1 * share
+            loss = feature + image + pressure
+        # the mean is over the pictures of the whole step, of which these are a part
+        return loss * len(valid) / step.rows, {"feature": feature.item(), "image": image.item(),
+                                               "kept": share.item(), "pressure": pressure.item()}
+
+    def forward(self, v: Tensor, valid: Tensor, pixels: list[Tensor], grids: list,
+                generators: list | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """-> M (B, N), |F_rec - F| (B,), |I_rec - I| (B,).                           Eqs. (5), (6)
+
+        pixels, grids as in errors(); generators: one a row, which estimator="softmax" needs not.
+        """
+        x = self.standardised(v, valid)
+        mask = self.mask(x, valid, generators)
+        return mask, *self.errors(x, mask, pixels, grids)
+
+    def tokens(self, v: Tensor, valid: Tensor) -> Tensor:
+        """(n, C), what the statistics are of: every token, of several patches their mean."""
+        return (v.mean(2) if v.dim() == 4 else v).to(self.masked.dtype)[valid]
+
+    def standardised(self, v: Tensor, valid: Tensor) -> Tensor:
+        """v (B, N, C) or (B, N, P, C) -> x (B, N, C), mean 0 and variance 1 in each channel."""
+        x = F.batch_norm(self.tokens(v, valid), self.norm.running_mean, self.norm.running_var)
+        return x.new_zeros(*valid.shape, x.shape[-1]).masked_scatter(valid.unsqueeze(-1), x)
+
+    def mask(self, x: Tensor, valid: Tensor, generators: list | None) -> Tensor:
+        """M (B, N) with fresh noise; what is padding cannot be kept.                    Eq. (5)"""
+        logits = self.selector(x, valid).to(x.dtype)
+        noise = torch.zeros_like(logits)
+        if self.cfg.estimator == "gumbel":
+            noise = gumbel_noise(logits, generators)
+        return hard_mask(logits, noise, self.cfg.tau) * valid
+
+    def rebuild(self, x: Tensor, mask: Tensor, grid, size) -> tuple[Tensor, Tensor]:
+        """F_rec and I_rec of pictures of one grid and size.                             Eq. (6)"""
+        rebuilt = self.features(put_masked(x, mask, self.masked), grid)
+        return rebuilt, self.image(rebuilt, grid, size)
+
+    def errors(self, x: Tensor, mask: Tensor, pixels: list[Tensor],
+               grids: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """|F_rec - F| and |I_rec - I|, (B,) each. Pictures of one shape go together.        Eq. (3)
+
+        pixels[b] (3, H, W), grids[b] (rows, columns) of its units.
+        """
+        shapes = [(grid, picture.shape[1:]) for grid, picture in zip(grids, pixels)]
+        order = []
+        errors = []
+        for grid, size in dict.fromkeys(shapes):
+            alike = [b for b, shape in enumerate(shapes) if shape == (grid, size)]
+            n = grid[0] * grid[1]
+            tokens = x[alike, :n]
+            rebuilt, picture = self.rebuild(tokens, mask[alike, :n], grid, size)
+            original = torch.stack([pixels[b] for b in alike]).to(picture)
+            errors.append(torch.stack([distance(rebuilt, tokens), distance(picture, original)]))
+            order += alike
+        feature, image = torch.cat(errors, 1)[:, torch.tensor(order).argsort()]
+        return feature, image
+
+    # -------------------------------------------------------------------------------- selection
+
+    @torch.no_grad()
+    def token_scores(self, v: Tensor, valid: Tensor) -> Tensor:
+        """s (B, N): how far keep stands above drop; the hard mask without noise is s > 0."""
+        logits = self.selector(self.standardised(v, valid), valid)
+        return logits[..., 1] - logits[..., 0]
+
+    @torch.no_grad()
+    def best(self, v: Tensor, valid: Tensor, keep: int | list[int] | None = None) -> list[Tensor]:
+        """One ascending int64 tensor a row: the keep, or keep[b], tokens with the largest scores;
+        with None those of the hard mask, at least one.                            Section 4.1.1"""
+        chosen = []
+        for b, (s, here) in enumerate(zip(self.token_scores(v, valid), valid)):
+            n = int(here.sum())
+            k = keep[b] if isinstance(keep, list) else keep
+            if k is not None and not 0 < k <= n:
+                raise ValueError(f"keep={k} does not fit {n} visual tokens")
+            s = s.masked_fill(~here, -torch.inf)
+            if k is None:
+                k = max(int((s > 0).sum()), 1)
+            chosen.append(s.argsort(descending=True, stable=True)[:k].sort().values)
+        return chosen
+
+    @torch.no_grad()
+    def select(self, units, question, keep) -> list[Tensor]:
+        """best() of every picture, in each of its crops by itself. The question is not read.
+
+        keep: a number, one per picture, or None for the selector's own mask.
+        """
+        v, valid = units.apart().pad()
+        if keep is not None:
+            crops = split_by(valid.sum(1).tolist(), units.views or [1] * len(units.grid))
+            keep = [keep] * len(crops) if isinstance(keep, int) else keep
+            keep = [share for k, counts in zip(keep, crops) for share in per_crop(k, counts)]
+        return units.together(self.best(v, valid, keep))
+
+    @torch.no_grad()
+    def scores(self, units, question) -> Tensor:
+        apart = units.apart()
+        return apart.flat(self.token_scores(*apart.pad()))
+
+    def ways(self, names, budgets, calibration) -> dict[str, Way]:
+        """"mask": what the selector keeps by itself. Inside the language model also two controls:
+        "asked twice", the same prompt with nothing removed, and "random inside"."""
+        check_ways(names, [])
+        if not self.reads_language:
+            own = Way(lambda asked, _: self.select(asked.units, None, None), budgets=("mask",))
+            return {**super().ways([], budgets, calibration), " mask": own}
+
+        def after_layer(choose: Callable, budgets: tuple | None = None) -> Way:
+            def stages(keep, tokens):
+                return {self.cfg.select_after_layer: lambda view: choose(
+                    inside.visual_units(view.prompt, view.prompt.embeds), keep)}
+            return Way(stages=stages, ask_twice=True, budgets=budgets)
+        return {
+            "": after_layer(lambda units, keep: self.select(units, None, keep)),
+            " mask": after_layer(lambda units, _: self.select(units, None, None), ("mask",)),
+            " asked twice": Way(stages=lambda keep, tokens: {}, ask_twice=True, budgets=("all",)),
+            " random inside": after_layer(random_tokens.select)}
+
+
+def owner(units: Units) -> list[int]:
+    """Of every crop in read()'s units the picture, an index into the batch."""
+    return units.pad(units.readings["picture"])[0][:, 0].tolist()
+
+
+Method = ReconSelector

@@ -1,93 +1,399 @@
-"""StepPrune: a pointer picks one visual token a step, sees what it has picked, and decides when to stop.
+"""StepPrune: a pointer picks one visual token a step, sees its picks, and decides when to stop.
 
 "Stepwise Token Selection for Efficient Multimodal Large Language Models", arXiv:2606.16067.
-Letters and shapes as in autoselect.py.
 
-    (2)  pi(S) = prod_t pi_t(a_t | a_<t, v, text),  a_t one of N tokens or stop        StepPrune.rollout
-    (3)  [H; .] = Enc([v ; g_text W_text E_text])                                      Encoder, text_gate
-    (4)  M = [H; h_stop]                                                               StepPrune.memory
-    (5)  u_t = Dec(u_start, e_1 .. e_t-1; M)                                           Decoder
-    (6)  pi_t = softmax(logits_t / tau_p + m_t), the logits of the last cross-attention    pointer
-    (7)  a_t = argmax pi_t                                                             StepPrune.rollout
-    (8)  m_t+1 = m_t, -inf at a_t; stop is never masked                                close
-         e_t = M[a_t], with the gradient of sum_j pi_t(j) M_j added                    straight_through
-    (9)  log pi(S) = sum_t log pi_t(a_t)                                               log_probability
-    (10) alive_t = prod_r<t (1 - pi_r(stop))                                           alive
-    (11) s_i = sum_t gamma^(t-1) alive_t pi_t(i)                                       aggregate
-    (12) a = SoftTopK(s; K_bar, tau)                                                   zscore, soft_topk (autoselect)
-    (13) v~ = sqrt(a) v + sqrt(1 - a) e        (14) the denoiser                       NoiseGate (autoselect)
-    (15) loss = -log p(answer | text, v~) + lambda |S| / N                             expected_count
+    (2)  pi(S) = prod_t pi_t(a_t | a_<t, v, text), a_t: N tokens or stop    StepPrune.rollout
+    (3)  [H; .] = Enc([v; g_text W_text E_text])                            Encoder, text_gate
+    (4)  M = [H; h_stop]                                                    StepPrune.memory
+    (5)  u_t = Dec(u_start, e_1 .. e_t-1; M)                                Decoder
+    (6)  pi_t = softmax(logits_t / tau_p + m_t), the logits of the          pointer
+         last layer's cross-attention
+    (7)  a_t = argmax pi_t                                                  StepPrune.rollout
+    (8)  m_t+1 = m_t, -inf at a_t; stop stays open                          close
+         e_t = M[a_t], with the gradient of sum_j pi_t(j) M_j added         straight_through
+    (9)  log pi(S) = sum_t log pi_t(a_t)                                    log_probability
+    (10) alive_t = prod_r<t (1 - pi_r(stop))                                alive
+    (11) s_i = sum_t gamma^(t-1) alive_t pi_t(i)                            aggregate
+    (12) a = SoftTopK(s; K_bar, tau)                                        zscore, soft_topk
+    (13) v~ = sqrt(a) v + sqrt(1 - a) e    (14) the denoiser                NoiseGate
+    (15) loss = -log p(answer | text, v~) + lambda |S| / N                  StepPrune.loss
 
-Shapes  T steps, E_text (B, L, D) word embeddings of the question, M (B, N+1, C) with stop last
-        pi (B, T, N+1) | picks (B, T) int64, N for stop | on (B, T) True until the row has stopped, stop included
+Shapes  as in autoselect.py, where Eqs. (12)-(14) are; a row is one question about one image
+        T steps | E_text, text (B, L, D) word embeddings of the question
+        M (B, N+1, C), stop last | pi (B, T, N+1) | picks (B, T) int64, N for stop
+        on (B, T) True until the row has stopped, that step included
 Read    downwards: the equations in the paper's order, then StepPrune, which strings them together.
-Ours    - The last decoder layer ends at its pointer logits: its read-out and feed-forward would feed nothing.
-        - The text has LayerNorm before W_text and learned positions after it; memory has LayerNorm.
-        - W_text starts as the inverse of the frozen projector (align), so that words and tokens can be compared.
-        - hops: through a chain of straight-through picks the gradient can grow exponentially, once the pointer's
-          logits are large. The picks are made without a graph; then all steps are computed again at once, hops + 1
-          times, so that a gradient passes at most `hops` picks. hops=-1 keeps the graph of the loop itself, the
-          paper's plain rule.
-        - Stop is shut at the first step, in training too: one token is always kept. stop_bias is ours.
-        - The decoder has no step positions: order enters by causality and by which pick is the newest.
-        - stop="encoded": h_stop goes through the encoder beside the tokens, so that "how many" can hold it back; a
-          constant h_stop knows of the question only what the picks tell.
-        - length_weight: lambda is high at first, so that only the tokens that a question needs are worth their price
-          and the policy has to read it; then low, so that questions that need many tokens get them.
-        - Aggregation "last" is read literally: at the last step all picks are masked and score 0.
-        - Steps after a row has stopped count for nothing, or its neighbours in the batch would change its loss.
-        - budget="expected": K of Eq. 12 is each row's own expected count, so the answer's loss tells it when to stop.
-        - The causal ablation masks [v ; text] in this order: no image token sees the question.
+
+An episode has at most max_steps picks, and at most as many as the picture has tokens.
+
+What differs from the paper, or what it leaves open [ours]
+- Section 4.1 states T_max, gamma, lambda, learning rates and batch, but their numbers are missing
+  from the text at hand: "value not available", not "left open". Ours stand in their place.
+- Eq. 12 cites a top-K by optimal transport; AutoSelect's, with a z-score, stands for it.
+- k_rule="expected": K of Eq. 12 is each row's own expected count, so that the answer's loss tells
+  the policy when to stop. K_bar carries no gradient.
+- hops=1: through a chain of straight-through picks a gradient can grow exponentially, once the
+  logits are large. The picks are made without a graph, then all steps are computed again at once,
+  hops + 1 times: a gradient passes at most `hops` picks. -1 keeps the loop's own graph [paper].
+- stop="encoded": h_stop goes through the encoder beside the tokens, where the question can hold it
+  back. A constant h_stop [paper] knows of the question only what the picks tell.
+- Stop is shut at the first step, in training too: one token is always kept.
+- lambda rises to 3 and falls to 0.1. At a high price only what the question needs is worth keeping,
+  so the policy has to read it; at a low one, counts get many tokens. Constant at 1 it learned to
+  point, but to what stands out, whatever the question (one trial).
+- align: W_text starts as the inverse of the frozen projector, so that words and tokens compare.
+- g_text rises in the first 50 steps. Section 3.2 says early, 4.1 over the course of training.
+- The paper does not say how it reaches a mean K. Here a stop bias does, found on other questions.
+- The last decoder layer ends at its pointer logits: what follows there would feed nothing. Steps
+  have no positions: causality tells the order. The number of layers is open.
+- The text has LayerNorm before W_text and learned positions after it; memory has LayerNorm.
+- Steps after a row has stopped count for nothing, or its neighbours would change its loss.
+- Table 4's "last" is read literally: all picks are closed by then and score 0. Its causal mask is
+  over [v; text] in this order: no image token sees the question.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal, get_args, get_origin
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from transformers.hf_argparser import HfArg
 
-from autoselect import NoiseGate, block, soft_topk, standardise, zscore
+import autoselect
+from autoselect import (
+    NoiseGate,
+    block,
+    check_choice,
+    hard_topk,
+    sharpness,
+    soft_topk,
+    standardise,
+    temperature,
+    zscore,
+)
+from runs import Way
 
 AGGREGATIONS = ("full", "last", "uniform", "alive")
+NEVER = -1e4                              # a stop bias with which stop never wins
 
 
 @dataclass
-class Config:
-    width: int = 1024             # C, 1024 for CLIP ViT-L                                  [paper: LLaVA-1.5]
-    text_width: int = 4096        # D, of the language model's word embeddings              [paper: LLaVA-1.5]
-    max_text: int = 128           # L, longest question                                     [ours]
-    max_steps: int = 256          # T_max                                                   [ours]
-    encoder_layers: int = 2       # pre-norm ViT blocks                                     [paper]
-    decoder_layers: int = 2       # the last one is the pointer                             [ours]
-    heads: int = 16               # as the vision encoder itself                            [ours]
-    tau_pointer: float = 1.0      # tau_p of Eq. 6                                          [ours]
-    gamma: float = 0.98           # Eq. 11                                                  [ours]
-    aggregation: str = "full"     # Eq. 11 | "last" | "uniform" | "alive" (Table 4)         [paper]
-    causal: bool = False          # the encoder's ablation (Table 4)                        [paper]
-    budget: str = "batch_mean"    # K of Eq. 12: "batch_mean" | "expected"                  [paper; "expected" ours]
-    momentum: float = 0.9         # of the running mean K_bar                               [ours]
-    stop: str = "encoded"         # "learned": h_stop as it is | "encoded" with v and text [paper; "encoded" ours]
-    hops: int = 1                 # fed-back picks that a gradient passes; -1 for all       [ours; paper: all]
-    gate: str = "noise"           # Eq. 13                                                  [paper]
-    denoiser: str = "diagonal"    # Eq. 14                                                  [paper]
+class Sizes(autoselect.Sizes):
+    """What follows from the frozen VLM."""
+    text_width: int = 4096                # D, of the language model's word embeddings
+
+    @classmethod
+    def of(cls, vlm, **options):
+        return super().of(vlm, text_width=vlm.dim, **options)
+
+
+@dataclass
+class Config(Sizes):
+    """Every option of the method; TINY and LARGE say what is used unless told otherwise."""
+    max_text: int = HfArg(default=128, help="tokens of the longest question [ours]")
+    max_steps: int = HfArg(
+        default=192, help="T_max, most picks in training; in evaluation twice as many [ours: a "
+                          "third of the tokens; the paper's value not available]")
+    layers: int = HfArg(default=2, help="encoder blocks of Eq. 3 [paper]")
+    decoder_layers: int = HfArg(default=2, help="of Eq. 5, the pointer is the last [ours]")
+    heads: int = HfArg(default=16, help="attention heads of all blocks [ours]")
+    tau_pointer: float = HfArg(default=1.0, help="tau_p of Eq. 6 [ours]")
+    gamma: float = HfArg(
+        default=0.98, help="discount of Eq. 11 [ours; the paper's value not available]")
+    aggregation: Literal[AGGREGATIONS] = HfArg(
+        default="full", help="Eq. 11 [paper]; the others are Table 4's ablations")
+    causal: bool = HfArg(default=False, help="Table 4's causal encoder")
+    k_rule: Literal["expected", "batch_mean"] = HfArg(
+        default="expected", help="K of Eq. 12: each row's expected count [ours], or K_bar [paper]")
+    momentum: float = HfArg(default=0.9, help="of K_bar, the running mean count [ours]")
+    stop: Literal["encoded", "learned"] = HfArg(
+        default="encoded", help="h_stop: through the encoder [ours], or a constant [paper]")
+    hops: int = HfArg(default=1, help="picks that a gradient passes [ours; paper: all, -1]")
+    gate: Literal["noise", "scale"] = HfArg(
+        default="noise", help="Eq. 13 [paper]; scale: AutoSelect's ablation")
+    denoiser: Literal["diagonal", "global", "none"] = HfArg(
+        default="diagonal", help="Eq. 14 [paper]; global: AutoSelect's ablation; none [ours]")
+    tau_start: float = HfArg(
+        default=1.0, help="temperature of Eq. 12 at the first step [ours: scores are all but 0 and "
+                          "1, and z-scored lie 3 apart]")
+    tau_end: float = HfArg(default=0.2, help="... and at the last [ours]")
+    length_weight: float = HfArg(
+        default=3.0, help="lambda of Eq. 15 at its peak [ours; the paper's value not available]")
+    length_weight_end: float = HfArg(default=0.1, help="... and at the end [ours; paper: constant]")
+    align: bool = HfArg(default=True, help="start W_text as the inverse of the projector [ours]")
+    text_steps: int = HfArg(default=50, help="steps in which g_text of Eq. 3 rises to 1 [ours]")
 
     def __post_init__(self):
-        for name, known in (("aggregation", AGGREGATIONS), ("stop", ("learned", "encoded")),
-                            ("budget", ("batch_mean", "expected")),
-                            ("gate", ("noise", "scale")), ("denoiser", ("diagonal", "global", "none"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
-        if self.max_steps < 1 or self.max_text < 1 or self.decoder_layers < 1:
-            raise ValueError(f"max_steps={self.max_steps}, max_text={self.max_text}, decoder_layers="
-                             f"{self.decoder_layers}: expected at least 1 of each")
+        for option in fields(self):
+            if get_origin(option.type) is Literal:
+                check_choice(option.name, getattr(self, option.name), get_args(option.type))
+        if min(self.max_steps, self.max_text, self.decoder_layers) < 1:
+            raise ValueError(f"max_steps={self.max_steps}, max_text={self.max_text}, decoder_layers"
+                             f"={self.decoder_layers}: expected at least 1 of each")
+
+
+#               steps, pictures a step, learning rate, products but the pointer's in bfloat16 [ours]
+TINY = dict(steps=600, batch=8, lr=1e-3, autocast=True, layers=2, heads=4,
+            tau_start=1.0, tau_end=0.2, max_steps=48)
+LARGE = dict(steps=5000, batch=16, lr=1e-4, autocast=True, layers=2, heads=16,
+             tau_start=1.0, tau_end=0.2, max_steps=192)
+
+
+# ------------------------------------------------------------------------------------ Eq. (3)
+
+
+def text_gate(number: int, rise: int) -> float:
+    """g_text: 0 at step 0, 1 from step `rise` on.                                         Eq. (3)
+
+    In front of a pre-norm block only its first moments show: LayerNorm undoes any scale but 0.
+    """
+    return min(number / max(rise, 1), 1.0)
+
+
+class Encoder(nn.Module):
+    """H: the image tokens after blocks in which they saw one another and the question.   Eq. (3)"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.text_norm = nn.LayerNorm(cfg.text_width)
+        self.text = nn.Linear(cfg.text_width, cfg.width)                   # W_text
+        self.position = nn.Parameter(torch.randn(cfg.max_text, cfg.width) * 0.02)
+        self.blocks = nn.ModuleList(block(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        self.norm = nn.LayerNorm(cfg.width)
+        self.causal = cfg.causal
+
+    @torch.no_grad()
+    def align(self, v: Tensor, projected: Tensor) -> None:
+        """Start where words and tokens compare. v (M, C) standardised tokens; projected (M, D),
+        what the frozen projector makes of them.
+
+        W_text becomes the linear map that undoes the projector best (ridge regression): a word
+        lies where the tokens lie that the projector turns into it. Queries start equal to keys:
+        tokens attend to what is like them.
+        """
+        x = F.pad(self.text_norm(projected.to(v)), (0, 1), value=1.0).double()   # 1: the bias
+        ridge = 0.01 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        solution = torch.linalg.solve(x.mT @ x + ridge, x.mT @ v.double())
+        self.text.weight.copy_(solution[:-1].mT)
+        self.text.bias.copy_(solution[-1])
+        for layer in self.blocks:
+            query, key, _ = layer.self_attn.in_proj_weight.chunk(3)
+            key.copy_(query)
+
+    def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor,
+                g_text: float) -> Tensor:
+        """v (B, N, C) standardised, text (B, L, D), masks False at padding -> H (B, N, C)."""
+        words = self.text(self.text_norm(text)) + self.position[:text.shape[1]]
+        x = torch.cat([v, g_text * words], 1)
+        is_padding = ~torch.cat([valid, text_valid], 1)
+        causal = None
+        if self.causal:
+            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        for layer in self.blocks:
+            x = layer(x, src_mask=causal, src_key_padding_mask=is_padding)
+        return self.norm(x[:, :v.shape[1]])
+
+
+# ------------------------------------------------------------------------------------ Eq. (5)
+
+
+class Attention(nn.Module):
+    """Multi-head attention whose keys and values are made once and kept."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> (B, heads, S, C / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, S, C) -> keys, values (B, heads, S, C / heads)."""
+        k, v = self.kv(x).chunk(2, -1)
+        return self.split(k), self.split(v)
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        attended = F.scaled_dot_product_attention(self.split(self.q(x)), k, v, mask)
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention over the picks, cross-attention to M, feed-forward; pre-norm.
+
+    In the last layer the logits of cross-attention are the pointer: one head, and nothing after.
+    """
+
+    def __init__(self, width: int, heads: int, is_last: bool):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.own = Attention(width, heads)
+        self.cross_norm = nn.LayerNorm(width)
+        if is_last:
+            self.query = nn.Linear(width, width)
+            self.key = nn.Linear(width, width)
+        else:
+            self.cross = Attention(width, heads)
+            self.forward_norm = nn.LayerNorm(width)
+            self.feed_forward = nn.Sequential(
+                nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Decoder(nn.Module):
+    """One step at a time from a cache, or all at once where the picks are known.   Eqs. (5), (6)"""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        last = cfg.decoder_layers - 1
+        self.layers = nn.ModuleList(
+            DecoderLayer(cfg.width, cfg.heads, i == last) for i in range(cfg.decoder_layers))
+
+    def project(self, memory: Tensor) -> list:
+        """Keys and values of M for every layer, made once an episode; of the last only keys."""
+        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [
+            self.layers[-1].key(memory)]
+
+    def forward(self, x: Tensor, cache: list, projected: list, is_open: Tensor) -> Tensor:
+        """x (B, S, C), the newest S picks -> pointer logits (B, S, N+1).
+
+        cache: of each layer the keys and values of the picks before, None for none; grown here.
+        is_open (B, N+1): False at padding, which no cross-attention may read.
+        """
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        for i, layer in enumerate(self.layers):
+            new = layer.own.keys(layer.norm(x))
+            if cache[i] is not None:
+                new = tuple(torch.cat(pair, 2) for pair in zip(cache[i], new))
+            cache[i] = new
+            x = x + layer.own(layer.norm(x), *cache[i], seen if x.shape[1] > 1 else None)
+            if layer is not self.layers[-1]:
+                x = x + layer.cross(layer.cross_norm(x), *projected[i], is_open[:, None, None])
+                x = x + layer.feed_forward(layer.forward_norm(x))
+        q = layer.query(layer.cross_norm(x))
+        return q @ projected[-1].mT / q.shape[-1] ** 0.5
+
+
+# ------------------------------------------------------------------------------------ Eqs. (6)-(9)
+
+
+def pointer(logits: Tensor, m: Tensor, tau: float) -> Tensor:
+    """pi_t (..., N+1) = softmax(logits / tau_p + m_t).                                   Eq. (6)"""
+    return (logits / tau + m).softmax(-1)
+
+
+def close(m: Tensor, pick: Tensor) -> Tensor:
+    """m_t+1 (B, N+1): -inf at the picks (B,); stop, the last slot, stays open.           Eq. (8)"""
+    is_picked = F.one_hot(pick, m.shape[1]).bool()
+    is_picked[:, -1] = False
+    return m.masked_fill(is_picked, -torch.inf)
+
+
+def with_stop(valid: Tensor) -> Tensor:
+    """(B, N) -> (B, N+1): stop is a slot like the others, and always there."""
+    return F.pad(valid, (0, 1), value=True)
+
+
+def slots(memory: Tensor, picks: Tensor) -> Tensor:
+    """M[a] (B, T, C) of picks (B, T)."""
+    return memory[torch.arange(len(picks), device=picks.device)[:, None], picks]
+
+
+def straight_through(pi: Tensor, memory: Tensor, picks: Tensor) -> Tensor:
+    """e_t (B, T, C) = M[a_t] + soft - stopgrad(soft), soft = sum_j pi_t(j) M_j.           Eq. (8)
+
+    Its value is the hard pick, exactly; its gradient reaches pi_t as if all slots had been
+    blended. M receives both: the pick's own and the blend's.
+    """
+    soft = pi @ memory
+    return slots(memory, picks) + (soft - soft.detach())
+
+
+def log_probability(pi: Tensor, picks: Tensor, on: Tensor) -> Tensor:
+    """log pi(S) (B,) of the episodes.                                                    Eq. (9)"""
+    of_pick = pi.gather(2, picks.unsqueeze(2)).squeeze(2)
+    return of_pick.log().masked_fill(~on, 0).sum(1)
+
+
+# ------------------------------------------------------------------------------------ Eq. (10)
+
+
+def alive(pi_stop: Tensor) -> Tensor:
+    """alive_t (B, T) = prod_r<t (1 - pi_r(stop)), 1 at the first step.                  Eq. (10)"""
+    return F.pad((1 - pi_stop).cumprod(1)[:, :-1], (1, 0), value=1.0)
+
+
+def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor:
+    """s_i (B, N) = sum_t gamma^(t-1) alive_t pi_t(i), or what Table 4 replaces it by.    Eq. (11)
+
+    last: pi of the row's last step. uniform: neither alive nor gamma. alive: alive alone.
+    """
+    steps = torch.arange(pi.shape[1], device=pi.device).to(pi)             # t - 1
+    if how == "last":
+        weight = steps == on.sum(1, keepdim=True) - 1
+    elif how == "uniform":
+        weight = on
+    else:
+        weight = on * alive(pi[..., -1])
+    if how == "full":
+        weight = weight * gamma ** steps
+    return (weight.to(pi).unsqueeze(1) @ pi[..., :-1]).squeeze(1)
+
+
+def expected_count(pi: Tensor, on: Tensor) -> Tensor:
+    """(B,) sum_t alive_t (1 - pi_t(stop)) along the picks: |S| of Eq. (15) with a gradient."""
+    return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
+
+
+def length_weight(number: int, total: int, peak: float, end: float) -> float:
+    """lambda of Eq. (15) at a step: up to `peak` in the first 15 % of all steps, there until 45 %,
+    then by equal factors down to `end` at 90 %. peak = end is all but the paper's constant."""
+    done = number / max(total, 1)
+    rise = min(done / 0.15, 1.0)
+    fall = min(max((done - 0.45) / 0.45, 0.0), 1.0)
+    return rise * peak * (end / peak if peak else 1.0) ** fall
+
+
+# ------------------------------------------------------------------------------------ the stop bias
+
+
+def stops(margin: Tensor, bias: float) -> Tensor:
+    """(B,) tokens picked before stop wins, when `bias` is added to stop's logit.
+
+    margin (B, T) of episodes that did not stop. Stop is never fed back, so the bias changes where
+    an episode ends, not what it picks.
+    """
+    is_stop = margin < bias
+    is_stop[:, 0] = False
+    return torch.where(is_stop.any(1), is_stop.int().argmax(1), margin.shape[1])
+
+
+def calibrate(margin: Tensor, mean: float) -> float:
+    """The stop bias with which these episodes (B, T) keep `mean` tokens on average, or fewer."""
+    if not 1 <= mean <= margin.shape[1]:
+        raise ValueError(f"a mean of {mean} tokens: expected 1 to {margin.shape[1]}, the steps of "
+                         "these episodes")
+    low, high = -1e4, 1e4
+    for _ in range(60):
+        middle = (low + high) / 2
+        if stops(margin, middle).double().mean() > mean:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+# ------------------------------------------------------------------------------------ the method
 
 
 @dataclass
 class Rollout:
-    """One episode a row; the letters are those of the file's docstring.
+    """One episode a row: pi, picks and on as in the file's docstring.
 
-    margin (B, T): how far the best token's logit stood above stop's; stop_bias moves stop against it.
+    margin (B, T): how far the best token's logit stood above stop's.
     """
     pi: Tensor
     picks: Tensor
@@ -100,296 +406,239 @@ class Rollout:
         return (self.on & (self.picks < self.pi.shape[-1] - 1)).sum(1)
 
 
-def text_gate(step: int, steps: int) -> float:
-    """g_text of Eq. (3): 0 at step 0, 1 from `steps` on.
-
-    In front of a pre-norm block only its first moments show: LayerNorm undoes any scale but 0.
-    """
-    return min(step / max(steps, 1), 1.0)
-
-
-class Encoder(nn.Module):
-    """H: the image tokens after two blocks in which they saw one another and the question.               Eq. (3)"""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.text_norm, self.text = nn.LayerNorm(cfg.text_width), nn.Linear(cfg.text_width, cfg.width)
-        self.position = nn.Parameter(torch.randn(cfg.max_text, cfg.width) * 0.02)
-        self.blocks = nn.ModuleList(block(cfg.width, cfg.heads) for _ in range(cfg.encoder_layers))
-        self.norm, self.causal = nn.LayerNorm(cfg.width), cfg.causal
-
-    @torch.no_grad()
-    def align(self, v: Tensor, projected: Tensor) -> None:
-        """Start where words and tokens can be compared. v (M, C) standardised, projected (M, D): the same tokens after
-        the frozen projector. W_text becomes the linear map that undoes the projector best (ridge), so that a word
-        lies where the tokens lie that the projector turns into it; and queries start equal to keys, so that tokens
-        attend to what is like them."""
-        x = F.pad(self.text_norm(projected.to(v)), (0, 1), value=1.0).double()
-        ridge = 0.01 * len(x) * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        solution = torch.linalg.solve(x.mT @ x + ridge, x.mT @ v.double())
-        self.text.weight.copy_(solution[:-1].mT)
-        self.text.bias.copy_(solution[-1])
-        for layer in self.blocks:
-            query, key, _ = layer.self_attn.in_proj_weight.chunk(3)
-            key.copy_(query)
-
-    def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor, g_text: float) -> Tensor:
-        """v (B, N, C) standardised, text (B, L, D); the two masks are False at padding. -> H (B, N, C)"""
-        words = self.text(self.text_norm(text)) + self.position[:text.shape[1]]
-        x, hidden = torch.cat([v, g_text * words], 1), ~torch.cat([valid, text_valid], 1)
-        causal = None
-        if self.causal:
-            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        for layer in self.blocks:
-            x = layer(x, src_mask=causal, src_key_padding_mask=hidden)
-        return self.norm(x[:, :v.shape[1]])
-
-
-class Attention(nn.Module):
-    """Multi-head attention whose keys and values are made once and kept."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
-
-    def keys(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (B, S, C) -> keys, values (B, heads, S, C / heads)."""
-        k, v = self.kv(x).chunk(2, -1)
-        return tuple(y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (k, v))
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
-class DecoderLayer(nn.Module):
-    """Causal self-attention over the picks, cross-attention to the memory, feed-forward; pre-norm.      Eq. (5)
-
-    In the last layer the logits of cross-attention are the pointer, one head, and nothing comes after them.
-    """
-
-    def __init__(self, width: int, heads: int, last: bool):
-        super().__init__()
-        self.norm, self.own = nn.LayerNorm(width), Attention(width, heads)
-        self.cross_norm = nn.LayerNorm(width)
-        if last:
-            self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
-        else:
-            self.cross, self.forward_norm = Attention(width, heads), nn.LayerNorm(width)
-            self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-
-class Decoder(nn.Module):
-    """The pointer decoder: a step at a time from caches, or all at once where the picks are known.   Eqs. (5), (6)"""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        last = cfg.decoder_layers - 1
-        self.layers = nn.ModuleList(DecoderLayer(cfg.width, cfg.heads, i == last) for i in range(last + 1))
-
-    def project(self, memory: Tensor) -> list:
-        """Keys and values of M for every layer, made once an episode; of the last layer the keys alone."""
-        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [self.layers[-1].key(memory)]
-
-    def forward(self, x: Tensor, cache: list, projected: list, open_: Tensor) -> Tensor:
-        """x (B, S, C), the newest S picks -> pointer logits (B, S, N+1).
-
-        cache: per layer the keys and values of the picks before, None for none, grown here by those of x. open_
-        (B, N+1): False at padding, which no cross-attention may read.
-        """
-        ahead = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
-        for i, layer in enumerate(self.layers):
-            new = layer.own.keys(layer.norm(x))
-            cache[i] = new if cache[i] is None else tuple(torch.cat(pair, 2) for pair in zip(cache[i], new))
-            x = x + layer.own(layer.norm(x), *cache[i], ahead if x.shape[1] > 1 else None)
-            if i < len(self.layers) - 1:
-                x = x + layer.cross(layer.cross_norm(x), *projected[i], open_[:, None, None])
-                x = x + layer.feed_forward(layer.forward_norm(x))
-        q = layer.query(layer.cross_norm(x))
-        return q @ projected[-1].mT / q.shape[-1] ** 0.5
-
-
-def pointer(logits: Tensor, m: Tensor, tau: float) -> Tensor:
-    """pi_t (..., N+1) = softmax(logits / tau_p + m_t).                                                  Eq. (6)"""
-    return (logits / tau + m).softmax(-1)
-
-
-def close(m: Tensor, pick: Tensor) -> Tensor:
-    """m_t+1 (B, N+1): -inf at the picks (B,); stop, the last slot, stays open.                          Eq. (8)"""
-    taken = F.one_hot(pick, m.shape[1]).bool()
-    taken[:, -1] = False
-    return m.masked_fill(taken, -torch.inf)
-
-
-def straight_through(pi: Tensor, memory: Tensor, pick: Tensor) -> Tensor:
-    """e_t (B, T, C) = M[a_t] + soft - stopgrad(soft), soft = sum_j pi_t(j) M_j.                         Eq. (8)
-
-    Its value is the hard pick, exactly; its gradient reaches pi_t as if all slots had been blended. M receives both:
-    the pick's own and the blend's.
-    """
-    soft = pi @ memory
-    return memory[torch.arange(len(pick), device=pick.device)[:, None], pick] + (soft - soft.detach())
-
-
-def log_probability(pi: Tensor, picks: Tensor, on: Tensor) -> Tensor:
-    """log pi(S) (B,) of the episodes.                                                                   Eq. (9)"""
-    return (pi.gather(2, picks.unsqueeze(2)).squeeze(2).log().masked_fill(~on, 0)).sum(1)
-
-
-def alive(pi_stop: Tensor) -> Tensor:
-    """alive_t (B, T) = prod_r<t (1 - pi_r(stop)), 1 at the first step.                                  Eq. (10)"""
-    return F.pad((1 - pi_stop).cumprod(1)[:, :-1], (1, 0), value=1.0)
-
-
-def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor:
-    """s_i (B, N) = sum_t gamma^(t-1) alive_t pi_t(i), or what Table 4 puts in its place.                Eq. (11)
-
-    last: pi of the row's last step. uniform: neither alive nor gamma. alive: alive alone.
-    """
-    steps = torch.arange(pi.shape[1], device=pi.device).to(pi)
-    if how == "last":
-        weight = (steps == on.sum(1, keepdim=True) - 1).to(pi)
-    else:
-        weight = on * (1 if how == "uniform" else alive(pi[..., -1]))
-        weight = weight * gamma ** steps if how == "full" else weight
-    return (weight.to(pi).unsqueeze(1) @ pi[..., :-1]).squeeze(1)
-
-
-def expected_count(pi: Tensor, on: Tensor) -> Tensor:
-    """(B,) sum_t alive_t (1 - pi_t(stop)) along the greedy picks: |S| of Eq. (15) with a gradient through alive."""
-    return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
-
-
-def length_weight(step: int, steps: int, peak: float, end: float) -> float:
-    """lambda of Eq. (15): up to `peak` in the first 15 % of the steps, there until 45 %, by equal factors down to `end`
-    at 90 %. The paper's is constant; `peak` = `end` is all but that."""
-    done = step / max(steps, 1)
-    fall = min(max((done - 0.45) / 0.45, 0.0), 1.0)
-    return min(done / 0.15, 1.0) * peak * (end / peak if peak else 1.0) ** fall
-
-
-def stops(margin: Tensor, bias: float, least: int = 1) -> Tensor:
-    """(B,) tokens picked before stop wins, when `bias` is added to stop's logit. margin (B, T) of episodes that did not
-    stop; the order of the picks does not depend on the bias, for stop is never fed back."""
-    stop = margin < bias
-    stop[:, :least] = False
-    return torch.where(stop.any(1), stop.int().argmax(1), margin.shape[1])
-
-
-def calibrate(margin: Tensor, mean: float, least: int = 1) -> float:
-    """The stop bias with which these episodes (B, T), run without stopping, keep `mean` tokens on average."""
-    if not least <= mean <= margin.shape[1]:
-        raise ValueError(f"a mean of {mean} tokens: expected {least} to {margin.shape[1]}, the steps of these episodes")
-    low, high = -1e4, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if stops(margin, middle, least).double().mean() > mean else (low, middle)
-    return high
-
-
-class StepPrune(NoiseGate, PyTorchModelHubMixin):
-    """Policy, gate and denoiser around a frozen VLM: forward() while training, select() afterwards."""
+class StepPrune(NoiseGate):
+    """Policy, gate and denoiser around a frozen VLM."""
+    rows = "question"
+    reads_question = True
+    further_ways = ("exactly",)
 
     def __init__(self, cfg: Config):
         super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser)
-        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), Decoder(cfg)
-        self.start = nn.Parameter(torch.randn(cfg.width) * 0.02)              # u_start
-        self.stop = nn.Parameter(torch.randn(cfg.width))                      # h_stop, of the memory's scale
-        self.register_buffer("k_bar", torch.zeros(()))                        # 0: no batch seen yet
+        self.cfg = cfg
+        self.most_kept = 2 * cfg.max_steps                      # of an adaptive selection
+        self.encoder = Encoder(cfg)
+        self.decoder = Decoder(cfg)
+        self.start = nn.Parameter(torch.randn(cfg.width) * 0.02)             # u_start
+        self.stop = nn.Parameter(torch.randn(cfg.width))        # h_stop, of the memory's scale
+        self.register_buffer("k_bar", torch.zeros(()))          # 0: no step seen yet
 
+    # -------------------------------------------------------------------------------- training
+
+    def begin(self, vlm, first_batch) -> None:
+        """align() on 64 pictures, if the configuration says so."""
+        if self.cfg.align:
+            units = vlm.encode(first_batch(64).pictures)
+            self.align(units.feats, vlm.project(units.feats))
+
+    @torch.no_grad()
     def align(self, v: Tensor, projected: Tensor) -> None:
-        """Before the first step: Encoder.align from tokens v (M, C) or (M, P, C), standardised by their own mean and
-        std, and the (M, D) that the frozen projector makes of them."""
+        """Encoder.align() from tokens v (M, C) or (M, P, C), standardised by their own mean and
+        std, and projected (M, D)."""
         x = v.reshape(-1, v.shape[-1]).float()
         x = standardise(v.float(), x.mean(0), x.std(0))
         self.encoder.align(x.mean(1) if x.dim() == 3 else x, projected)
 
-    def memory(self, v, valid, text, text_valid, g_text: float = 1.0) -> Tensor:
-        """M (B, N+1, C).                                                                                Eq. (4)"""
+    @torch.no_grad()
+    def observe(self, vlm, parts: list, step) -> None:
+        """Statistics of the tokens; and K_bar of Eq. (12), once a step, from the mean count of all
+        rows of the step. Each part by itself would make the selector depend on how many there are.
+        """
+        super().observe(vlm, parts, step)
+        if self.cfg.k_rule != "batch_mean":
+            return
+        g_text = text_gate(step.number, self.cfg.text_steps)
+        counts = []
+        for batch, units in parts:
+            v, valid = units.pad()
+            with step.autocast():                               # the very picks that loss() makes
+                memory = self.memory(v, valid, *vlm.question(batch.rows), g_text)
+            counts.append(self.rollout(memory.to(self.stop.dtype), valid).count)
+        counts = torch.cat(counts).double()
+        total = step.sum(torch.stack([counts.sum(), torch.ones_like(counts).sum()]))
+        mean = (total[0] / total[1]).to(self.k_bar)
+        self.k_bar = mean if self.k_bar == 0 else self.k_bar.lerp(mean, 1 - self.cfg.momentum)
+
+    def loss(self, vlm, batch, units, step) -> tuple[Tensor, dict]:
+        """Eq. (15): the frozen VLM's own loss on gated tokens, and a price on every pick."""
+        v, valid = units.pad()                                             # (B, N, C), (B, N)
+        tau = temperature(step.number, step.total, self.cfg)
+        g_text = text_gate(step.number, self.cfg.text_steps)
+        question = vlm.question(batch.rows)
+        noise = step.generators(batch.owner)
+        with step.autocast():
+            gated, a, episode, expected = self(v, valid, *question, tau, g_text, noise)
+
+        # Every token is still there: only signal was lost, no places. The VLM's loss is a mean over
+        # this part's answer tokens, hence its factor; the ratio is one of each row.
+        prompt = vlm.embed(batch.rows, units, units.flat(gated))
+        nll = vlm.loss(prompt)
+        ratio = expected / valid.sum(1)                                    # |S| / N, (B,)
+        weight = length_weight(step.number, step.total, self.cfg.length_weight,
+                               self.cfg.length_weight_end)
+        loss = nll * batch.answers / step.answers + weight * ratio.sum() / step.rows
+
+        count = episode.count.float()
+        return loss, {"nll": nll.item(), "K": count.mean().item(),
+                      "K_sd": count.std(correction=0).item(), "K_soft": expected.mean().item(),
+                      "lambda": weight, "tau": tau, "sharpness": sharpness(a, valid)}
+
+    def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor, tau: float,
+                g_text: float = 1.0, generator=None) -> tuple[Tensor, Tensor, Rollout, Tensor]:
+        """v -> (v~ after the denoiser, like v; a (B, N); Rollout; expected count (B,)).
+
+        Eqs. (2)-(14). Raises ValueError for an empty or too long question.
+        """
+        memory = self.memory(v, valid, text, text_valid, g_text).to(self.stop.dtype)
+        # an argmax of rounded logits would be another pick
+        with torch.autocast(v.device.type, enabled=False):
+            if self.cfg.hops < 0:
+                episode = self.rollout(memory, valid)
+            else:
+                with torch.no_grad():
+                    episode = self.rollout(memory, valid)
+                episode = replace(
+                    episode, pi=self.replay(memory, valid, episode.picks, self.cfg.hops))
+        expected = expected_count(episode.pi, episode.on)
+        k = expected if self.cfg.k_rule == "expected" else self.k_bar
+        s = aggregate(episode.pi, episode.on, self.cfg.gamma, self.cfg.aggregation)
+        a = soft_topk(zscore(s, valid), k, tau, valid)                     # Eq. (12)
+        return self.gated(v, a, valid, generator), a, episode, expected    # Eqs. (13), (14)
+
+    def memory(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor,
+               g_text: float = 1.0) -> Tensor:
+        """M (B, N+1, C).                                                                 Eq. (4)"""
         if text.shape[1] > self.cfg.max_text:
-            raise ValueError(f"a question of {text.shape[1]} tokens: expected at most max_text={self.cfg.max_text}")
-        if not text_valid.any(1).all():
-            raise ValueError(f"row {int(text_valid.any(1).int().argmin())} has an empty question: expected some text")
+            raise ValueError(f"a question of {text.shape[1]} tokens: expected at most max_text="
+                             f"{self.cfg.max_text}")
+        has_text = text_valid.any(1)
+        if not has_text.all():
+            row = int(has_text.int().argmin())
+            raise ValueError(f"row {row} has an empty question: expected some text")
         x = standardise(v, self.mean, self.std)
-        x, stop = x.mean(2) if x.dim() == 4 else x, self.stop.expand(len(x), 1, -1)
+        x = x.mean(2) if x.dim() == 4 else x
+        stop = self.stop.expand(len(x), 1, -1)
+        text = text.to(x.dtype)
         if self.cfg.stop == "encoded":
-            x, valid = torch.cat([x, stop], 1), F.pad(valid, (0, 1), value=True)
-        hidden = self.encoder(x, valid, text.to(x.dtype), text_valid, g_text)
-        return hidden if self.cfg.stop == "encoded" else torch.cat([hidden, stop], 1)
+            x = torch.cat([x, stop], 1)
+            return self.encoder(x, with_stop(valid), text, text_valid, g_text)
+        return torch.cat([self.encoder(x, valid, text, text_valid, g_text), stop], 1)
 
     def rollout(self, memory: Tensor, valid: Tensor, stop_bias: float = 0.0, least: int = 1,
                 most: int | None = None) -> Rollout:
-        """One episode a row: at least `least` tokens, at most `most` [max_steps]; ends when all rows have stopped."""
-        fewest, most = int(valid.sum(1).min()), min(self.cfg.max_steps if most is None else most, valid.shape[1])
+        """One episode a row of at least `least` picks, at most `most`, by default max_steps, and at
+        most as many as there are tokens. It ends when all rows have stopped.       Eqs. (2), (7)"""
+        fewest = int(valid.sum(1).min())
+        most = min(self.cfg.max_steps if most is None else most, valid.shape[1])
         if not 1 <= least <= min(most, fewest):
-            raise ValueError(f"least={least}, most={most}: expected 1 <= least <= most and least <= {fewest} tokens")
-        open_ = F.pad(valid, (0, 1), value=True)
-        m = torch.zeros_like(memory[..., 0]).masked_fill(~open_, -torch.inf)
-        bias, not_yet = torch.zeros_like(m), torch.zeros_like(m)
-        bias[:, -1], not_yet[:, -1] = stop_bias, -torch.inf
-        projected, cache = self.decoder.project(memory), [None] * len(self.decoder.layers)
-        x, stopped, steps = self.start.expand(len(m), 1, -1), torch.zeros_like(valid[:, 0]), []
+            raise ValueError(f"least={least}, most={most}: expected 1 <= least <= most and least "
+                             f"<= {fewest} tokens")
+        is_open = with_stop(valid)
+        m = torch.zeros_like(memory[..., 0]).masked_fill(~is_open, -torch.inf)
+        bias = torch.zeros_like(m)
+        bias[:, -1] = stop_bias
+        not_yet = torch.zeros_like(m)
+        not_yet[:, -1] = -torch.inf
+
+        projected = self.decoder.project(memory)
+        cache = [None] * len(self.decoder.layers)
+        x = self.start.expand(len(m), 1, -1)
+        has_stopped = torch.zeros_like(valid[:, 0])
+        steps = []
         for t in range(most):
-            logits = self.decoder(x, cache, projected, open_)[:, 0]
+            logits = self.decoder(x, cache, projected, is_open)[:, 0]
             pi = pointer(logits + bias, m if t >= least else m + not_yet, self.cfg.tau_pointer)
-            pick = pi.argmax(-1)
-            steps.append((pi, pick, ~stopped, ((logits + m)[:, :-1].amax(1) - logits[:, -1]).detach()))
-            stopped = stopped | (pick == m.shape[1] - 1)
-            if stopped.all():
+            pick = pi.argmax(-1)                                           # Eq. (7)
+            margin = (logits + m)[:, :-1].amax(1) - logits[:, -1]
+            steps.append((pi, pick, ~has_stopped, margin.detach()))
+            has_stopped = has_stopped | (pick == m.shape[1] - 1)
+            if has_stopped.all():
                 break
-            x, m = straight_through(pi[:, None], memory, pick[:, None]), close(m, pick)
+            x = straight_through(pi[:, None], memory, pick[:, None])
+            m = close(m, pick)
         return Rollout(*(torch.stack(column, 1) for column in zip(*steps)))
 
-    def replay(self, memory: Tensor, valid: Tensor, picks: Tensor, hops: int = 0, least: int = 1) -> Tensor:
-        """pi (B, T, N+1) along given picks (B, T), all steps at once; a gradient passes at most `hops` picks."""
+    def replay(self, memory: Tensor, valid: Tensor, picks: Tensor, hops: int = 0,
+               least: int = 1) -> Tensor:
+        """pi (B, T, N+1) along picks (B, T), all steps at once; a gradient passes at most `hops`
+        picks."""
         before = picks[:, :-1]
-        shut = F.pad(F.one_hot(before, memory.shape[1]).cumsum(1), (0, 0, 1, 0)) > 0           # earlier picks ...
-        shut[..., -1] = False
-        shut[:, :least, -1] = True
-        open_ = F.pad(valid, (0, 1), value=True)
-        m = torch.zeros_like(shut, dtype=memory.dtype).masked_fill(shut | ~open_[:, None], -torch.inf)
-        projected, start = self.decoder.project(memory), self.start.expand(len(memory), 1, -1)
-        fed = memory[torch.arange(len(memory), device=memory.device)[:, None], before]
+        times_picked = F.one_hot(before, memory.shape[1]).cumsum(1)
+        is_shut = F.pad(times_picked, (0, 0, 1, 0)) > 0                    # nothing at step 1
+        is_shut[..., -1] = False
+        is_shut[:, :least, -1] = True
+        is_open = with_stop(valid)
+        m = torch.zeros_like(is_shut, dtype=memory.dtype)
+        m = m.masked_fill(is_shut | ~is_open[:, None], -torch.inf)
+
+        projected = self.decoder.project(memory)
+        start = self.start.expand(len(memory), 1, -1)
+        fed = slots(memory, before)
         for _ in range(hops + 1):
-            x, cache = torch.cat([start, fed], 1), [None] * len(self.decoder.layers)
-            pi = pointer(self.decoder(x, cache, projected, open_), m, self.cfg.tau_pointer)
+            x = torch.cat([start, fed], 1)
+            cache = [None] * len(self.decoder.layers)
+            logits = self.decoder(x, cache, projected, is_open)
+            pi = pointer(logits, m, self.cfg.tau_pointer)
             fed = straight_through(pi[:, :-1], memory, before)
         return pi
 
-    def forward(self, v, valid, text, text_valid, tau: float, g_text: float = 1.0, generator=None,
-                everyone=lambda x: x):
-        """v (B, N, C) or (B, N, P, C) -> (v~ after the denoiser, a (B, N), Rollout, expected count (B,)).
-
-        generator: one, or a list with one per row. everyone: what makes of a number of these rows its mean over all
-        processes, for K_bar.
-        Raises ValueError for an empty or too long question, and for max_steps above N.
-        """
-        if self.training and self.alone:
-            self.update_statistics(v, valid)
-        if self.cfg.max_steps > v.shape[1]:
-            raise ValueError(f"max_steps={self.cfg.max_steps}: expected at most the {v.shape[1]} visual tokens")
-        memory = self.memory(v, valid, text, text_valid, g_text).to(self.stop.dtype)
-        with torch.autocast(v.device.type, enabled=False):         # an argmax of rounded logits would be another pick
-            with torch.set_grad_enabled(self.cfg.hops < 0 and torch.is_grad_enabled()):
-                episode = self.rollout(memory, valid)
-            if self.cfg.hops >= 0:
-                episode = replace(episode, pi=self.replay(memory, valid, episode.picks, self.cfg.hops))
-        expected, mean = expected_count(episode.pi, episode.on), everyone(episode.count.float().mean())
-        if self.training and self.cfg.budget == "batch_mean":
-            self.k_bar = mean if self.k_bar == 0 else self.k_bar.lerp(mean, 1 - self.cfg.momentum)
-        s = aggregate(episode.pi, episode.on, self.cfg.gamma, self.cfg.aggregation)
-        a = soft_topk(zscore(s, valid), expected if self.cfg.budget == "expected" else self.k_bar, tau, valid)
-        return self.gated(v, a, valid, generator), a, episode, expected
+    # -------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def picks(self, v, valid, text, text_valid, stop_bias: float = 0.0, least: int = 1, most: int | None = None):
-        """The picks of each row in the order in which they were made, a list of B int64 tensors."""
+    def picks(self, units, question, stop_bias: float = 0.0, least: int = 1,
+              most: int | None = None) -> list[Tensor]:
+        """The picks of each row in the order in which they were made, B int64 tensors."""
         if not abs(stop_bias) < torch.inf:
             raise ValueError(f"stop_bias={stop_bias}: expected a finite number")
-        episode = self.rollout(self.memory(v, valid, text, text_valid), valid, stop_bias, least, most)
+        v, valid = units.pad()
+        episode = self.rollout(self.memory(v, valid, *question), valid, stop_bias, least, most)
         return [row[:n] for row, n in zip(episode.picks, episode.count.tolist())]
 
-    def select(self, v, valid, text, text_valid, **how) -> list[Tensor]:
-        """The tokens that reach the language model, ascending; exactly K with least = most = K."""
-        return [row.sort().values for row in self.picks(v, valid, text, text_valid, **how)]
+    def turns(self, units, question, most: int) -> Tensor:
+        """(B, N) when each token is picked, from the end, by an episode that does not stop: 1 for
+        the first, 0 for those that are left after `most` picks."""
+        turns = torch.zeros_like(units.pad()[1], dtype=torch.float32)
+        for row, order in zip(turns, self.picks(units, question, NEVER, most=most)):
+            row[order] = torch.arange(len(order), 0, -1, device=row.device).to(row) / len(order)
+        return turns
+
+    def select(self, units, question, keep) -> list[Tensor]:
+        """The first `keep` picks of an episode that does not stop."""
+        most = keep if isinstance(keep, int) else int(max(keep))
+        return hard_topk(self.turns(units, question, most), keep, units.pad()[1])
+
+    def scores(self, units, question) -> Tensor:
+        return units.flat(self.turns(units, question, self.most_kept))
+
+    def ways(self, names, budgets, calibration) -> dict[str, Way]:
+        """It stops by itself, steered to a mean of K; "exactly": K for each question."""
+        exactly = super().ways(names, budgets, calibration)[""]
+        biases = self.calibrated(budgets, calibration()) if budgets else {}
+
+        def adaptive(asked, k):
+            orders = self.picks(asked.units, asked.question, biases[k], most=self.most_kept)
+            return [order.sort().values for order in orders]
+        ways = {"": Way(adaptive, reads_question=True, adaptive=True)}
+        if "exactly" in names:
+            ways[" exactly"] = exactly
+        return ways
+
+    @torch.no_grad()
+    def calibrated(self, budgets: list, batches) -> dict:
+        """{K: stop bias} for a mean of K on these (units, question), below 1 of that share. One
+        long episode each serves all budgets."""
+        margins, tokens = [], None
+        for units, question in batches:
+            v, valid = units.pad()
+            tokens = tokens or units.counts[0]
+            memory = self.memory(v, valid, *question)
+            margin = self.rollout(memory, valid, NEVER, most=self.most_kept).margin
+            rest = self.most_kept - margin.shape[1]
+            margins.append(F.pad(margin, (0, rest), value=-torch.inf))     # no token left: it stops
+        margin = torch.cat(margins)
+        biases = {k: calibrate(margin, k * tokens if k < 1 else k) for k in budgets}
+        print(f"unsteered, it keeps {stops(margin, 0.0).double().mean():.1f} tokens on average; "
+              "stop bias " + ", ".join(f"{bias:.2f} for {k}" for k, bias in biases.items()))
+        return biases
+
+
+Method = StepPrune

@@ -1,68 +1,82 @@
-"""PruneSID (ICLR 2026): tokens in groups by principal component, the like-looking suppressed within each group.
+"""PruneSID (ICLR 2026): tokens in groups by principal component, the like-looking suppressed within
+each group.
 
-1. Columns of sigmoid(features), one a token, have K / 4 principal directions; a token belongs to the one with its
-largest loading. 2. In each group, by falling attention of [CLS], a token suppresses those whose cosine to it exceeds
-tau = K / 32 times the mean cosine (18 K / N, the same at 576 tokens). 3. K is shared out by numbers of survivors. Crop
-by crop. Without [CLS]: projected features, and the loading in place of the attention.
+1. Columns of sigmoid(features), one a token, have K / 4 principal directions; a token belongs to
+the one with its largest loading. 2. In each group, by falling attention of [CLS], a token
+suppresses those whose cosine to it exceeds tau = K / 32 times the mean cosine (18 K / N, the same
+at 576 tokens). 3. K is shared out by numbers of survivors. Crop by crop. Without [CLS]: projected
+features, and the loading in place of the attention.
 
-Released code: (1) a randomised decomposition without a seed; here it is exact. (2) [CLS] is one of the K tokens that
-the language model reads; then come the groups, not sorted. as_released gives both, seeded, as feats.
+Released code: (1) a randomised decomposition without a seed; here it is exact. (2) [CLS] is one of
+the K tokens that the language model reads; then come the groups, not sorted. as_released gives
+both, seeded, as feats.
 """
 
 import torch
 from torch import Tensor
 
 from . import by_view, pictures, top, unit_length, with_cls
+from .encoder import deepest
+
+NAMES = {"prunesid": {}}
 
 
-def look(vlm) -> dict:
+def needs(vlm) -> dict:
     if not vlm.adapter.has_cls:
         return {"projected": ("projected", 0)}
-    return {"attention": ("cls", vlm.adapter.deep), "cls state": ("cls state", 0)}
+    return {"attention": ("cls", deepest(vlm.adapter)), "cls state": ("cls state", 0)}
 
 
 def select(units, keep: int, *, seed: int = 0, as_released: bool = False):
-    """B ascending int64 tensors of exactly `keep` unit indices; as_released those and feats, [CLS] first, for which the
-    encoder must have [CLS]."""
+    """B ascending int64 tensors of exactly `keep` unit indices; as_released those and feats, [CLS]
+    first, for which the encoder must have [CLS]."""
     views, budgets = by_view(units, keep)
-    if "attention" not in units.seen:
+    if "attention" not in units.readings:
         if as_released:
-            raise ValueError("the released code of prunesid feeds [CLS] to the language model: this encoder has none")
+            raise ValueError("the released code of prunesid feeds [CLS] to the language model: "
+                             "this encoder has none")
         return units.together([here[choose(x, k, None)].sort().values
                                for here, k, x in pictures(views, budgets, "projected")])
     rows = list(pictures(views, budgets, "feats", "attention"))
     if not as_released:
-        return units.together([here[choose(x, k, a)].sort().values for here, k, x, a in rows])
-    picks = [choose(x, k - 1, a, seed) if k else None for _, k, x, a in rows]
-    released = pictures(views, budgets, "feats", exact=True)
-    return with_cls(units, views, [None if i is None else (here, here[i], x[i])
-                                   for i, (here, _, x) in zip(picks, released)])
+        return units.together([here[choose(x, k, attention)].sort().values
+                               for here, k, x, attention in rows])
+    picks = [choose(x, k - 1, attention, seed) if k else None for _, k, x, attention in rows]
+    own_type = pictures(views, budgets, "feats", exact=True)
+    return with_cls(units, views, [None if index is None else (here, here[index], x[index])
+                                   for index, (here, _, x) in zip(picks, own_type)])
 
 
 def choose(x: Tensor, k: int, attention: Tensor | None, seed: int | None = None) -> Tensor:
     """(k,) group by group, from x (n, ...) and attention (n,), None to go by the loading."""
-    n, cosine = len(x), unit_length(x) @ unit_length(x).T
+    n = len(x)
+    cosine = unit_length(x) @ unit_length(x).T
     if k in (0, n):
         return torch.arange(k, device=x.device)
-    loading, group = components(x.flatten(1), min(max(k // 4, 1), n), seed).abs().max(1)
+    directions = min(max(k // 4, 1), n)
+    loading, group = components(x.flatten(1), directions, seed).abs().max(1)
     order = top(loading if attention is None else attention, n).cpu()
     mean = (cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1))
-    kills = ((cosine > 18 * k / n * mean) & (group[:, None] == group)).cpu().numpy()
-    group, alive = group.cpu(), torch.ones(n, dtype=torch.bool).numpy()
+    is_like = cosine > 18 * k / n * mean
+    suppresses = (is_like & (group[:, None] == group)).cpu().numpy()
+    group = group.cpu()
+    alive = torch.ones(n, dtype=torch.bool).numpy()
     for i in order.tolist():
         if alive[i]:
-            alive &= ~kills[i]
+            alive &= ~suppresses[i]
             alive[i] = True
     alive = torch.from_numpy(alive)
-    order = torch.cat([order[alive[order]], order[~alive[order]]])         # survivors, then the suppressed
+    order = torch.cat([order[alive[order]], order[~alive[order]]])     # survivors come first
     names, size = group.unique(return_counts=True)
     survivors = torch.stack([(group[alive] == name).sum() for name in names])
     share = allot(k, size, survivors)
-    return torch.cat([order[group[order] == name][:m] for name, m in zip(names, share)]).to(x.device)
+    best = [order[group[order] == name][:count] for name, count in zip(names, share)]
+    return torch.cat(best).to(x.device)
 
 
 def components(x: Tensor, q: int, seed: int | None) -> Tensor:
-    """(n, q) loadings of the n columns of sigmoid(x).T on their first q principal directions, exact without a seed."""
+    """(n, q) loadings of the n columns of sigmoid(x).T on their first q principal directions, exact
+    without a seed."""
     y = x.sigmoid().T
     if seed is None:
         y = (y - y.mean(0)).double()
@@ -73,12 +87,14 @@ def components(x: Tensor, q: int, seed: int | None) -> Tensor:
 
 
 def allot(k: int, size: Tensor, survivors: Tensor) -> Tensor:
-    """(G,) int64 that sum to k: at least one a group, at most 5 for each 64 of k, but more where it takes more."""
+    """(G,) int64 that sum to k: at least one a group, at most 5 for each 64 of k, but more where it
+    takes more."""
     most = torch.minimum(torch.minimum(size, survivors), torch.tensor(5 * -(-k // 64)))
     while most.sum() < k:
         most = torch.minimum(most + 1, size)
     ends = (survivors.cumsum(0) * (k - len(size)) / survivors.sum()).round().long()
-    share = torch.minimum(1 + ends.diff(prepend=torch.zeros(1, dtype=torch.int64)), most)
+    steps = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
+    share = torch.minimum(1 + steps, most)
     for g in top(survivors, len(size)).tolist():
         share[g] += min(k - int(share.sum()), int(most[g] - share[g]))
     return share

@@ -1,16 +1,28 @@
-"""EgoSchema, the 500 questions whose answers are public: long videos as seen by whoever acts. arXiv:2308.09126."""
+"""EgoSchema, the 500 questions whose answers are public: long videos as seen by whoever acts.
+arXiv:2308.09126."""
 
 from benchmarks.frames import FRAMES, clips, opened
-from benchmarks.letters import ALPHABET, LETTER, accuracy, by_letter, letter_of, limit, listed, read
-from benchmarks.questions import Question, table
+from benchmarks.multiple_choice import (
+    ALPHABET,
+    LETTER,
+    accuracy,
+    by_letter,
+    letter_of,
+    listed,
+    read,
+)
+from benchmarks.questions import Question, most_tokens, table
 
-NAME, MAIN = "EgoSchema", "accuracy"
-HUBS, CONFIG = ("lmms-eval/egoschema", "lmms-lab/egoschema"), "Subset"
+NAME = "EgoSchema"
+MAIN = "accuracy"
+HUBS = ("lmms-eval/egoschema", "lmms-lab/egoschema")
+CONFIG = "Subset"
 COLUMNS = ("video_idx", "question", "option", "answer")
 
 
 def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> list[Question]:
-    """The rows of test [paper]. videos: the folder of folders of frames, see clips(); frames: so many of each.
+    """The rows of test [paper]. videos: the folder of folders of frames, see clips(); frames: so
+    many of each.
 
     Raises as table() and clips() do; ValueError for an answer that is none of the options.
     """
@@ -21,9 +33,12 @@ def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> l
 
 def question(row, images, family) -> Question:
     # the set writes the letters into the options: "A. C cooks."
-    options = [option.removeprefix(f"{letter}. ") for letter, option in zip(ALPHABET, row["option"])]
-    gold = {"answer": letter_of(row["answer"], options, f"{NAME} {row['video_idx']}"), "options": options}
-    return Question(row["video_idx"], images, row["question"] + listed(options) + LETTER, gold, limit(16, family))
+    options = [option.removeprefix(f"{letter}. ")
+               for letter, option in zip(ALPHABET, row["option"])]
+    answer = letter_of(row["answer"], options, f"{NAME} {row['video_idx']}")
+    prompt = row["question"] + listed(options) + LETTER
+    return Question(row["video_idx"], images, prompt, {"answer": answer, "options": options},
+                    most_tokens(16, family))
 
 
 def score(rows) -> dict[str, float | int]:

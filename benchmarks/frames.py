@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.folder import find, open_picture
+from data.pictures import find, open_picture
 
 FRAMES = 8                                             # [the compared papers' number for videos]
 
 
 def uniform(frames, count: int) -> list:
-    """`count` of the frames, evenly from the first to the last; some of them twice where there are fewer. Of one the
-    middle. Raises ValueError for no frames or count < 1."""
+    """`count` of the frames, evenly from the first to the last; some of them twice where there are
+    fewer. Of one the middle. Raises ValueError for no frames or count < 1."""
     if not len(frames) or count < 1:
         raise ValueError(f"{count} of {len(frames)} frames: expected at least one of each")
     if count == 1:
@@ -28,29 +28,42 @@ def clips(names, videos: str | Path | None, path: str | Path | None) -> dict[str
     Raises FileNotFoundError, which says how to extract the frames, for a folder that is not there.
     """
     if videos is None and path is None:
-        raise FileNotFoundError("the hub has the videos in parts of zip files, which are not read here: unpack them, "
-                                f"extract frames, {how('DIR', 'NAME')}, and name DIR as videos")
-    path = path and Path(path)
-    root = Path(videos) if videos else (path if path.is_dir() else path.parent) / "frames"
-    found = {name: root / name for name in dict.fromkeys(names)}
-    if missing := [name for name, folder in found.items() if not folder.is_dir()]:
-        raise FileNotFoundError(f"{root} has no folder of frames for {len(missing)} of {len(found)} videos, such as "
-                                f"{missing[0]}: extract them, {how(root, missing[0])}, or name another folder")
-    return found
+        raise FileNotFoundError("the hub has the videos in parts of zip files, which are not read "
+                                f"here: unpack them, extract frames, {how('DIR', 'NAME')}, and "
+                                "name DIR as videos")
+    if videos:
+        root = Path(videos)
+    else:
+        path = Path(path)
+        root = (path if path.is_dir() else path.parent) / "frames"
+    folders = {name: root / name for name in dict.fromkeys(names)}
+    missing = [name for name, folder in folders.items() if not folder.is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{root} has no folder of frames for {len(missing)} of "
+                                f"{len(folders)} videos, such as {missing[0]}: extract them, "
+                                f"{how(root, missing[0])}, or name another folder")
+    return folders
 
 
 def how(root, name: str) -> str:
-    return f"for each by `mkdir -p {root}/{name} && ffmpeg -i {name}.mp4 -vf fps=1 {root}/{name}/%06d.jpg`"
+    """The command that extracts a video's frames."""
+    return (f"for each by `mkdir -p {root}/{name} && "
+            f"ffmpeg -i {name}.mp4 -vf fps=1 {root}/{name}/%06d.jpg`")
 
 
 def opened(folder: Path, count: int) -> Callable:
-    """() -> `count` frames of the folder, evenly in time: by the numbers in their names, 2 before 10.
+    """() -> `count` frames of the folder, evenly in time: by the numbers in their names, 2 before
+    10.
 
     It raises ValueError where the folder holds no picture, or one that cannot be opened.
     """
+    def by_number(name: str) -> list:
+        return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
     def images():
-        files = sorted(find(folder), key=lambda f: [int(x) if x.isdecimal() else x for x in re.split(r"([0-9]+)", f)])
+        files = sorted(find(folder), key=by_number)
         if not files:
-            raise ValueError(f"{folder} holds no frame: extract them, {how(folder.parent, folder.name)}")
+            raise ValueError(f"{folder} holds no frame: extract them, "
+                             f"{how(folder.parent, folder.name)}")
         return [open_picture(folder / file) for file in uniform(files, count)]
     return images

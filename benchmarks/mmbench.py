@@ -1,7 +1,8 @@
 """MMBench: CircularEval over rotated copies of each question. Liu et al., arXiv:2307.06281.
 
-The dev files hold the copies: question i stands again as i + 1e6, i + 2e6, ... with its options and answer shifted. The
-prompt is LLaVA's. The papers' figures for LLaVA-1.5 are from the legacy file of 4,377 rows.
+The dev files hold the copies: question i stands again as i + 1e6, i + 2e6, ... with its options and
+answer shifted. The prompt is LLaVA's. The papers' figures for LLaVA-1.5 are from the legacy file of
+4,377 rows.
 """
 
 from collections import Counter
@@ -9,10 +10,21 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.letters import LETTER, by_letter, empty, judged, limit, listed, percent, read, shown, texts
-from benchmarks.questions import Question, table
+from benchmarks.multiple_choice import (
+    LETTER,
+    by_letter,
+    is_empty,
+    judged,
+    listed,
+    percent,
+    pictures_of,
+    read,
+    without_pictures,
+)
+from benchmarks.questions import Question, most_tokens, table
 
-NAME, MAIN = "MMBench", "circular"
+NAME = "MMBench"
+MAIN = "circular"
 HUBS = ("lmms-lab-encoder/MMBench", "lmms-lab/MMBench")                        # 4,329 rows of dev
 LEGACY = {"en": ("lmms-lab-encoder/MMBench_EN", "lmms-lab/MMBench_EN"),        # 4,377 rows of dev
           "cn": ("lmms-lab-encoder/MMBench_CN", "lmms-lab/MMBench_CN")}
@@ -30,47 +42,62 @@ def load(path=None, split=None, family="llava", language="en", legacy=False) -> 
         raise ValueError(f"language={language!r}: expected en or cn")
     split = split or "dev"
     columns = COLUMNS + ("answer",) * (split != "test")
-    data = table(LEGACY[language] if legacy else HUBS, path, None if legacy else language, split, columns)
-    rows = texts(data, "image")
+    hubs = LEGACY[language] if legacy else HUBS
+    data = table(hubs, path, None if legacy else language, split, columns)
+    rows = without_pictures(data, "image")
     copies = Counter(int(index) % ROUND for index in rows["index"])
     return [question(i, row, data, copies, language, family) for i, row in enumerate(rows)]
 
 
 def question(i, row, data, copies, language, family) -> Question:
     cells = [row[letter] for letter in "ABCD"]
-    options = cells[:next((k for k, cell in enumerate(cells) if empty(cell)), 4)]
-    index, answer = int(row["index"]), row.get("answer")
-    gold = {"answer": None if empty(answer) else answer, "options": options, "question": row["question"],
-            "category": row["category"], "index": index, "copies": copies[index % ROUND]}
-    hint = "" if empty(row["hint"]) else f"{row['hint']}\n"
+    options = cells[:next((k for k, cell in enumerate(cells) if is_empty(cell)), 4)]
+    index = int(row["index"])
+    answer = row.get("answer")
+    gold = {"answer": None if is_empty(answer) else answer, "options": options,
+            "question": row["question"], "category": row["category"], "index": index,
+            "copies": copies[index % ROUND]}
+    hint = "" if is_empty(row["hint"]) else f"{row['hint']}\n"
     prompt = f"{hint}{row['question']}{listed(options)}{POST[language]}"
-    return Question(str(index), shown(data, i, "image"), prompt, gold, limit(16, family))
+    return Question(str(index), pictures_of(data, i, "image"), prompt, gold,
+                    most_tokens(16, family))
 
 
 def group(row) -> tuple[str, int]:
-    """("", the number that a question's copies share): what is right or wrong as one, and drawn as one."""
+    """("", the number that a question's copies share): what is right or wrong as one, and drawn as
+    one."""
     return "", row["gold"]["index"] % ROUND
 
 
 def score(rows) -> dict[str, float | int]:
-    """circular: % of the questions whose copies are all answered right. plain: % of the questions in their first order.
+    """circular: % of the questions whose copies are all answered right. plain: % of the questions
+    in their first order.
 
-    A question that lacks a copy is no hit, and counted as incomplete. questions: how many; n: the rows.
+    A question that lacks a copy is no hit, and counted as incomplete. questions: how many; n: the
+    rows.
     """
-    hits, groups = judged(rows, by_letter(read)), {}
+    hits = judged(rows, by_letter(read))
+    groups = {}
     for row, hit in zip(rows, hits):
         groups.setdefault(group(row), []).append((row["gold"], bool(hit)))
-    whole = {base: len(copies) == copies[0][0]["copies"] for base, copies in groups.items()}
-    plain = [hit for copies in groups.values() for gold, hit in copies if gold["index"] < ROUND]
-    return {"circular": percent([whole[base] and all(hit for _, hit in copies) for base, copies in groups.items()]),
-            "plain": percent(plain) if plain else 0., "questions": len(groups),
-            "incomplete": len(groups) - sum(whole.values()), "n": len(rows), "unmatched": hits.count(None)}
+    circular, plain = [], []
+    incomplete = 0
+    for copies in groups.values():
+        is_whole = len(copies) == copies[0][0]["copies"]
+        incomplete += not is_whole
+        circular.append(is_whole and all(hit for _, hit in copies))
+        plain += [hit for gold, hit in copies if gold["index"] < ROUND]
+    return {"circular": percent(circular), "plain": percent(plain) if plain else 0.,
+            "questions": len(groups), "incomplete": incomplete, "n": len(rows),
+            "unmatched": hits.count(None)}
 
 
 def submission(rows, path: str | Path) -> Path:
-    """Write the answers of the test split for MMBench's server: .xlsx, which it takes (needs openpyxl), or .tsv.
+    """Write the answers of the test split for MMBench's server: .xlsx, which it takes (needs
+    openpyxl), or .tsv.
 
-    Columns: index, question, A .. D, prediction (the answer as it is). Raises ValueError for another ending.
+    Columns: index, question, A .. D, prediction (the answer as it is). Raises ValueError for
+    another ending.
     """
     path = Path(path)
     if path.suffix not in (".xlsx", ".tsv"):
@@ -78,8 +105,9 @@ def submission(rows, path: str | Path) -> Path:
     lines = []
     for row in rows:
         gold = row["gold"]
-        lines.append({"index": gold["index"], "question": gold["question"],
-                      **dict(zip("ABCD", [*gold["options"], *4 * [None]])), "prediction": row["answer"]})
+        options = dict(zip("ABCD", [*gold["options"], *4 * [None]]))
+        lines.append({"index": gold["index"], "question": gold["question"], **options,
+                      "prediction": row["answer"]})
     frame = pd.DataFrame(lines)
     if path.suffix == ".tsv":
         frame.to_csv(path, sep="\t", index=False)
@@ -87,5 +115,6 @@ def submission(rows, path: str | Path) -> Path:
         try:
             frame.to_excel(path, index=False, engine="openpyxl")
         except ModuleNotFoundError:
-            raise ValueError(f"{path}: a table of Excel needs `pip install openpyxl`; or name a file .tsv") from None
+            raise ValueError(f"{path}: a table of Excel needs `pip install openpyxl`; or name a "
+                             "file .tsv") from None
     return path

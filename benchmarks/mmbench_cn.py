@@ -4,6 +4,10 @@ from functools import partial
 
 from benchmarks import mmbench
 
-NAME, MAIN, HUBS = "MMBench-CN", mmbench.MAIN, mmbench.HUBS
+NAME = "MMBench-CN"
+MAIN = mmbench.MAIN
+HUBS = mmbench.HUBS
 load = partial(mmbench.load, language="cn")
-group, score, submission = mmbench.group, mmbench.score, mmbench.submission
+group = mmbench.group
+score = mmbench.score
+submission = mmbench.submission

@@ -1,19 +1,30 @@
-"""NExT-QA, multiple choice: why and when in short videos. Xiao et al., arXiv:2105.08276; lmms-eval's rules."""
+"""NExT-QA, multiple choice: why and when in short videos. Xiao et al., arXiv:2105.08276;
+lmms-eval's rules."""
 
 from functools import partial
 
 from benchmarks.frames import FRAMES, clips, opened
-from benchmarks.letters import LETTER, accuracy, by_letter, letter_of, limit, listed, read_mmmu
-from benchmarks.questions import Question, table
+from benchmarks.multiple_choice import (
+    LETTER,
+    accuracy,
+    by_letter,
+    letter_of,
+    listed,
+    read_mmmu,
+)
+from benchmarks.questions import Question, most_tokens, table
 
-NAME, MAIN = "NExT-QA", "accuracy"
-HUBS, CONFIG = ("lmms-eval/NExTQA", "lmms-lab/NExTQA"), "MC"
+NAME = "NExT-QA"
+MAIN = "accuracy"
+HUBS = ("lmms-eval/NExTQA", "lmms-lab/NExTQA")
+CONFIG = "MC"
 COLUMNS = ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4")
 KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
 
 def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> list[Question]:
-    """The rows of test [paper]. videos: the folder of folders of frames, see clips(); frames: so many of each.
+    """The rows of test [paper]. videos: the folder of folders of frames, see clips(); frames: so
+    many of each.
 
     Raises as table() and clips() do; ValueError for an answer that is none of the options.
     """
@@ -23,10 +34,12 @@ def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> l
 
 
 def question(row, images, family) -> Question:
-    options, name = [row[f"a{k}"].strip() for k in range(5)], f"{row['video']}_{row['qid']}"
+    name = f"{row['video']}_{row['qid']}"
+    options = [row[f"a{k}"].strip() for k in range(5)]
     gold = {"answer": letter_of(row["answer"], options, f"{NAME} {name}"), "options": options,
             "kind": KINDS.get(row["type"][:1], row["type"])}
-    return Question(name, images, row["question"].strip() + listed(options) + LETTER, gold, limit(16, family))
+    prompt = row["question"].strip() + listed(options) + LETTER
+    return Question(name, images, prompt, gold, most_tokens(16, family))
 
 
 def score(rows) -> dict[str, float | int]:

@@ -1,12 +1,16 @@
-"""Answers on disk: a JSON line for what they are of, then one per question. Scores need nothing else.
+"""Answers on disk: a JSON line for what they are of, then one per question; all that scores need.
 
-    header  benchmark, model, fingerprint, method, budget, style, seed, ..., questions: how many there are in all
-    row     number: place among the questions | id, prompt, answer, gold | kept: units that reached the end of the
-            language model | seen: visual tokens that entered it, that its last layer saw, mean over its layers
-            flops: of the prompt in the language model | ms: {stage: milliseconds}, see benchmarks/asking.py
+    header  benchmark, model, fingerprint, method, budget, style, seed, ..., questions: how many
+            there are in all
+    row     number: place among the questions | id, prompt, answer, gold
+            kept: units that reached the end of the language model
+            seen: visual tokens that entered it, that its last layer saw, mean over its layers
+            flops: of the prompt in the language model | ms: {stage: milliseconds}
+            recall: share of the units that show the answer which were kept, None where it is not
+            known; only of benchmarks that say where the answer stands
 
-Rows are appended, whole lines at a time. Of several processes each has a file, -00001-of-00002; they are read together,
-and by any number of processes continued.
+Rows are appended, whole lines at a time. Of several processes each has a file,
+-00001-of-00002; they are read together, and by any number of processes continued.
 """
 
 import json
@@ -15,111 +19,132 @@ import re
 from pathlib import Path
 
 ROW = {"number", "id", "prompt", "answer", "gold", "kept", "seen", "flops", "ms"}
+HEADER = {"benchmark", "method", "budget", "questions"}
 PART = re.compile(r"-\d{5}-of-\d{5}$")
 
 
-def name(method: str, budget) -> str:
+def file_name(method: str, budget) -> str:
     """What the file of a method and budget is called, without its ending."""
     return re.sub(r"[^\w.+-]+", "_", f"{method}-{budget}").strip("_")
 
 
-def part(path: Path, process: int, processes: int) -> Path:
+def own_file(path: Path, process: int, processes: int) -> Path:
     """The file that process number `process`, from 0, of so many appends to; path: <name>.jsonl."""
-    return path if processes == 1 else path.with_name(f"{path.stem}-{process + 1:05d}-of-{processes:05d}.jsonl")
+    if processes == 1:
+        return path
+    return path.with_name(f"{path.stem}-{process + 1:05d}-of-{processes:05d}.jsonl")
 
 
 def parts(path: Path) -> list[Path]:
     """The files there are of <name>.jsonl, whatever number of processes wrote them."""
-    return sorted(file for file in path.parent.glob("*.jsonl") if PART.sub("", file.stem) == path.stem)
+    return sorted(file for file in path.parent.glob("*.jsonl")
+                  if PART.sub("", file.stem) == path.stem)
 
 
-def lines(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
+def read_file(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
     """Header and rows of one file; None and no rows where it has not even a whole header.
 
-    Half a line at the end, which a kill leaves, is left out, and with `repair` cut off; either is said. Raises
-    ValueError naming file and line for anything else that is no row.
+    Half a line at the end, which a kill leaves, is left out, and with `repair` cut off; either is
+    printed. Raises ValueError naming file and line for anything else that is no row.
     """
     data = path.read_bytes()
     whole = data[:data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        print(f"{path}: half a row at its end, {len(data) - len(whole)} bytes, is "
-              + ("cut off and asked again" if repair else "left out"))
+        what = "cut off and asked again" if repair else "left out"
+        print(f"{path}: half a row at its end, {len(data) - len(whole)} bytes, is {what}")
         if repair:
             with open(path, "r+b") as file:
                 file.truncate(len(whole))
-    found = []
+    rows = []
     for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict) or (number > 1 and not ROW <= set(row)):
-                raise ValueError(f"expected {', '.join(sorted(ROW))}" if number > 1 else "expected a header")
-            if number == 1 and not {"benchmark", "method", "budget", "questions"} <= set(row):
-                raise ValueError("expected a header that names benchmark, method, budget and questions")
+            if number > 1 and not (isinstance(row, dict) and ROW <= set(row)):
+                raise ValueError(f"expected {', '.join(sorted(ROW))}")
+            if number == 1 and not isinstance(row, dict):
+                raise ValueError("expected a header")
+            if number == 1 and not HEADER <= set(row):
+                raise ValueError("expected a header that names benchmark, method, budget and "
+                                 "questions")
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no row of a predictions file ({error}): put the file right, or "
-                             "move it away to ask all of its questions again") from None
-        found.append(row)
-    return (found[0], found[1:]) if found else (None, [])
+            raise ValueError(f"{path}, line {number} is no row of a predictions file ({error}): "
+                             "put the file right, or move it away to ask all of its questions "
+                             "again") from None
+        rows.append(row)
+    return (rows[0], rows[1:]) if rows else (None, [])
 
 
-def differs(mine: dict, there: dict) -> str:
+def header_differences(here: dict, there: dict) -> str:
     """What two headers disagree in, versions left out; empty if in nothing."""
-    keys = [key for key in (mine | there) if key != "versions" and mine.get(key) != there.get(key)]
-    return "; ".join(f"{key}: {there.get(key)!r} there, {mine.get(key)!r} here" for key in keys)
+    keys = [key for key in (here | there)
+            if key != "versions" and here.get(key) != there.get(key)]
+    return "; ".join(f"{key}: {there.get(key)!r} there, {here.get(key)!r} here" for key in keys)
 
 
 def read(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
-    """Header and rows, in the order of the questions, of all files of <name>.jsonl; None if there are none.
+    """Header and rows, in the order of the questions, of all files of <name>.jsonl; None if there
+    are none.
 
     Raises ValueError for files that do not belong together, and for an id that has two rows.
     """
-    header, rows, where = None, {}, {}
+    header = None
+    rows, where = {}, {}
     for file in parts(path):
-        mine, more = lines(file, repair)
-        if mine is None:
+        own_header, own_rows = read_file(file, repair)
+        if own_header is None:
             continue
-        if header and (why := differs(mine, header)):
-            raise ValueError(f"{file} does not belong to the other files of {path.stem} ({why}): move one away")
-        header = header or mine
-        for row in more:
+        if header and (differ := header_differences(own_header, header)):
+            raise ValueError(f"{file} does not belong to the other files of {path.stem} "
+                             f"({differ}): move one away")
+        header = header or own_header
+        for row in own_rows:
             if row["id"] in rows:
-                raise ValueError(f"the id {row['id']!r} has a row in {where[row['id']]} and another in {file}: do two "
-                                 "runs write there at once? Delete one of the two lines")
-            rows[row["id"]], where[row["id"]] = row, file
+                raise ValueError(f"the id {row['id']!r} has a row in {where[row['id']]} and "
+                                 f"another in {file}: do two runs write there at once? Delete one "
+                                 "of the two lines")
+            rows[row["id"]] = row
+            where[row["id"]] = file
     return header, sorted(rows.values(), key=lambda row: row["number"])
 
 
 class Predictions:
-    """One method's answers to a list of questions, to be added to; done: ids of those that are there.
+    """One method's answers to a list of questions, to be added to; done: ids that have one.
 
-    Raises ValueError naming what differs where the file is of another model, method or setting, or of other questions.
+    Raises ValueError naming what differs where the file is of another model, method or setting, or
+    of other questions.
     """
 
     def __init__(self, path: Path, header: dict, questions, process: int = 0, processes: int = 1):
-        self.path, self.file, self.header = Path(path), part(Path(path), process, processes), header
+        self.path = Path(path)
+        self.file = own_file(self.path, process, processes)
+        self.header = header
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # each process repairs its own file, and reads the others'
-        if self.file.exists() and lines(self.file, repair=True)[0] is None:
+        if self.file.exists() and read_file(self.file, repair=True)[0] is None:
             self.file.unlink()
         there, rows = read(self.path)
         elsewhere = "name another folder by --out, or move the file away"
-        if there and (why := differs(header, there)):
-            raise ValueError(f"{self.path} holds answers of something else ({why}): {elsewhere}")
+        if there and (differ := header_differences(header, there)):
+            raise ValueError(f"{self.path} holds answers of something else ({differ}): {elsewhere}")
         if there and there.get("versions") != header.get("versions"):
-            print(f"{self.path}: begun with {there.get('versions')}, continued with {header.get('versions')}")
-        asked = {question.id: question for question in questions}
+            print(f"{self.path}: begun with {there.get('versions')}, continued with "
+                  f"{header.get('versions')}")
+        known = {question.id: question for question in questions}
         for row in rows:
-            if (question := asked.get(row["id"])) is None:
-                raise ValueError(f"{self.path} answers the question {row['id']!r}, which is none of these: {elsewhere}")
+            question = known.get(row["id"])
+            if question is None:
+                raise ValueError(f"{self.path} answers the question {row['id']!r}, which is none "
+                                 f"of these: {elsewhere}")
             for key, value in (("prompt", question.prompt), ("gold", plain(question.gold))):
                 if row[key] != value:
-                    raise ValueError(f"{self.path}: the {key} of {row['id']!r} differs: {row[key]!r} there, {value!r} "
-                                     f"here; {elsewhere}")
+                    raise ValueError(f"{self.path}: the {key} of {row['id']!r} differs: "
+                                     f"{row[key]!r} there, {value!r} here; {elsewhere}")
         self.done = {row["id"] for row in rows}
 
     def add(self, rows: list[dict]) -> None:
         """Append those rows whose ids are not there yet, in one piece, and see them on disk."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows if row["id"] not in self.done)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n"
+                       for row in rows if row["id"] not in self.done)
         if not text:
             return
         with open(self.file, "a", encoding="utf-8") as file:
@@ -132,5 +157,6 @@ class Predictions:
 
 
 def plain(value):
-    """What becomes of a value that is written as JSON and read again: tuples are lists, keys are str."""
+    """What becomes of a value that is written as JSON and read again: tuples are lists, keys are
+    str."""
     return json.loads(json.dumps(value))

@@ -1,38 +1,54 @@
-"""SEED-Bench: pictures, videos, or both (lmms-eval's seed_all, the papers' column). Li et al., arXiv:2307.16125."""
+"""SEED-Bench: pictures, videos, or both (lmms-eval's seed_all, the papers' column). Li et al.,
+arXiv:2307.16125."""
 
 from benchmarks.frames import FRAMES, uniform
-from benchmarks.letters import LETTER, accuracy, by_letter, limit, listed, shown, texts
-from benchmarks.questions import Question, picture, table
+from benchmarks.multiple_choice import (
+    LETTER,
+    accuracy,
+    by_letter,
+    listed,
+    pictures_of,
+    without_pictures,
+)
+from benchmarks.questions import Question, most_tokens, numbered, picture, table
 
-NAME, MAIN = "SEED-I", "accuracy"
+NAME = "SEED-I"
+MAIN = "accuracy"
 HUBS = ("lmms-lab-encoder/SEED-Bench", "lmms-lab/SEED-Bench")
-COLUMNS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer", "data_type", "image")
+COLUMNS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer",
+           "data_type", "image")
 KINDS = {"image": ("image",), "video": ("video",), "all": ("image", "video")}
 
 
 def load(path=None, split=None, family="llava", kind="image", frames=FRAMES) -> list[Question]:
     """The questions of test about pictures [ours], videos, or all [paper].
 
-    frames: so many of a video, evenly; 1 is its middle frame, as in LLaVA. Raises as table() does; ValueError for
-    another kind, or an answer that is none of A to D.
+    frames: so many of a video, evenly; 1 is its middle frame, as in LLaVA. An id that the official
+    rows have twice, as 49914, gets a number.
+    Raises as table() does; ValueError for another kind, or an answer that is none of A to D.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
     data = table(HUBS, path, None, split or "test", COLUMNS)
-    return [question(i, row, data, family, frames) for i, row in enumerate(texts(data, "image"))
+    rows = without_pictures(data, "image")
+    # of all rows: a question has the same id whatever kinds are asked
+    return [question(i, name, row, data, family, frames)
+            for i, (name, row) in enumerate(zip(numbered(rows["question_id"]), rows))
             if row["data_type"] in KINDS[kind]]
 
 
-def question(i, row, data, family, frames) -> Question:
+def question(i, name, row, data, family, frames) -> Question:
     if row["answer"] not in tuple("ABCD"):
-        raise ValueError(f"{NAME} row {i}: the answer is {row['answer']!r}: expected one of A, B, C, D")
+        raise ValueError(f"{NAME} row {i}: the answer is {row['answer']!r}: expected one of A, B, "
+                         "C, D")
     options = [row[f"choice_{x}"] for x in "abcd"]
-    images = shown(data, i, "image")
+    images = pictures_of(data, i, "image")
     if row["data_type"] == "video":
         def images():
             return [picture(cell) for cell in uniform(data[i]["image"], frames)]
-    return Question(str(row["question_id"]), images, row["question"] + listed(options) + LETTER,
-                    {"answer": row["answer"], "options": options, "kind": row["data_type"]}, limit(8, family))
+    gold = {"answer": row["answer"], "options": options, "kind": row["data_type"]}
+    return Question(name, images, row["question"] + listed(options) + LETTER, gold,
+                    most_tokens(8, family))
 
 
 def parse(answer: str, options) -> str | None:

@@ -4,5 +4,8 @@ from functools import partial
 
 from benchmarks import seed
 
-NAME, MAIN, HUBS = "SEED", seed.MAIN, seed.HUBS
-load, score = partial(seed.load, kind="all"), seed.score
+NAME = "SEED"
+MAIN = seed.MAIN
+HUBS = seed.HUBS
+load = partial(seed.load, kind="all")
+score = seed.score

@@ -4,5 +4,8 @@ from functools import partial
 
 from benchmarks import seed
 
-NAME, MAIN, HUBS = "SEED video", seed.MAIN, seed.HUBS
-load, score = partial(seed.load, kind="video"), seed.score
+NAME = "SEED video"
+MAIN = seed.MAIN
+HUBS = seed.HUBS
+load = partial(seed.load, kind="video")
+score = seed.score

@@ -19,7 +19,7 @@ os.chdir(Path(__file__).resolve().parents[1])
 @pytest.fixture(scope="module")
 def one_thread():
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                           # the models are too small to gain from more
+    torch.set_num_threads(1)  # the models are too small to gain from more
     yield
     torch.set_num_threads(threads)
 
@@ -42,4 +42,6 @@ def vlm(path):
 @pytest.fixture(scope="module")
 def stock(path):
     """The same checkpoint, untouched by common/."""
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64, attn_implementation="sdpa")
+    return AutoModelForImageTextToText.from_pretrained(
+        path, dtype=torch.float64, attn_implementation="sdpa"
+    )

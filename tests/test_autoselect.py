@@ -1,7 +1,9 @@
-"""AutoSelect, one sentence of the paper, or of our docstring, per test; equations as in autoselect.py."""
+"""AutoSelect, one sentence of the paper, or of our docstring, per test; equations as in
+autoselect.py."""
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from autoselect import (
     vp_gate,
     zscore,
 )
+from common import Units
 
-TINY = {"width": 16, "keep": 3, "layers": 1, "heads": 2}
+TINY = {"width": 16, "layers": 1, "heads": 2}
+ALONE = SimpleNamespace(sum=lambda x: x)  # of train.Step: one process
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +36,20 @@ def padding(*lengths):
     return torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
 
 
+def units_of(v, valid=None):
+    """Tokens (B, N, ...) as Units, for what takes these."""
+    valid = torch.ones(v.shape[:2], dtype=torch.bool) if valid is None else valid
+    return Units(v[valid], valid.nonzero()[:, 0], [(1, n) for n in valid.sum(1).tolist()])
+
+
+def observe(model, v, valid=None):
+    model.observe(None, [(None, units_of(v, valid))], ALONE)
+
+
+def select(model, v, valid=None, keep=3):
+    return model.select(units_of(v, valid), None, keep)
+
+
 def shake(module):
     """Zero-initialised layers hide mistakes: give every parameter a value, as training would."""
     for p in module.parameters():
@@ -40,6 +58,7 @@ def shake(module):
 
 
 # ---- Eq. (2): hard top-K
+
 
 def test_hard_topk_by_hand():
     """The K largest scores are kept and stay in the order of the image."""
@@ -50,7 +69,7 @@ def test_hard_topk_by_hand():
 
 
 def test_hard_topk_gives_exactly_k_distinct_ascending_tokens():
-    s = torch.randn(5, 50).round(decimals=0)                      # many ties
+    s = torch.randn(5, 50).round(decimals=0)  # many ties
     for k, valid in itertools.product((1, 7, 20), (None, padding(50, 20, 30, 40, 33))):
         for b, kept in enumerate(hard_topk(s, k, valid)):
             assert kept.dtype == torch.int64 and len(kept) == k
@@ -80,6 +99,7 @@ def test_hard_topk_error_names_both_numbers():
 
 # ---- Eq. (3): scorer
 
+
 def test_scorer_size_is_that_of_the_paper_within_a_block():
     """AutoSelect adds 84M trainable parameters: 75.6 M at 5 + 1 blocks, 88.2 M at 6 + 1."""
     with torch.device("meta"):
@@ -99,7 +119,9 @@ def test_scorer_does_not_read_padding(mode):
         other[1, 5:] = 100 * torch.randn(16)
         assert torch.allclose(padded[1, :5], scorer(other, padding(9, 5))[1, :5], atol=1e-4)
         assert torch.allclose(padded[1, :5], scorer(v[1:, :5])[0], atol=1e-4)
-        assert not torch.allclose(padded[1, :5], scorer(v)[1, :5], atol=1e-2)      # without mask it would
+        assert not torch.allclose(
+            padded[1, :5], scorer(v)[1, :5], atol=1e-2
+        )  # without mask it would
 
 
 def test_scorer_blocks_start_different():
@@ -109,6 +131,7 @@ def test_scorer_blocks_start_different():
 
 # ---- Eq. (4): z-score and soft top-K
 
+
 def test_zscore_normalises_each_image():
     """Raw scores are z-score normalised per image; padding stays out of it."""
     s, valid = torch.randn(3, 40) * 7 + 5, padding(40, 11, 25)
@@ -117,7 +140,7 @@ def test_zscore_normalises_each_image():
         own = z[b, valid[b]]
         assert own.mean().abs() < 1e-5
         assert abs(own.std(correction=0) - 1) < 1e-4
-        assert torch.allclose(own, zscore(s[b:b + 1, valid[b]])[0], atol=1e-5)
+        assert torch.allclose(own, zscore(s[b : b + 1, valid[b]])[0], atol=1e-5)
         assert (z[b, ~valid[b]] == 0).all()
     assert torch.allclose(zscore(s), zscore(1000 * s - 3), atol=1e-3)
 
@@ -134,7 +157,9 @@ def test_zscore_of_equal_scores_is_zero_with_finite_gradient():
 def test_soft_topk_sums_to_k(k, tau):
     """The budget is fixed: the a_i of an image sum to K at every temperature."""
     a = soft_topk(torch.randn(4, 576, dtype=torch.float64), k, tau)
-    assert torch.allclose(a.sum(1), torch.full((4,), float(k), dtype=torch.float64), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(
+        a.sum(1), torch.full((4,), float(k), dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
     assert ((0 <= a) & (a <= 1)).all()
 
 
@@ -147,8 +172,13 @@ def test_soft_topk_gradcheck(valid):
 
 
 def test_soft_topk_gradient_is_the_implicit_formula():
-    """da_i/dz_j = g_i/tau (delta_ij - g_j / sum g) and da_i/dK = g_i / sum g, written out as matrices."""
-    z, k, tau = torch.randn(1, 9, dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64), 0.3
+    """da_i/dz_j = g_i/tau (delta_ij - g_j / sum g) and da_i/dK = g_i / sum g, written out as
+    matrices."""
+    z, k, tau = (
+        torch.randn(1, 9, dtype=torch.float64),
+        torch.tensor([3.0], dtype=torch.float64),
+        0.3,
+    )
     jz, jk = torch.autograd.functional.jacobian(lambda z, k: soft_topk(z, k, tau), (z, k))
     a = soft_topk(z, k, tau)[0]
     g = a * (1 - a)
@@ -157,7 +187,8 @@ def test_soft_topk_gradient_is_the_implicit_formula():
 
 
 def test_soft_topk_tends_to_hard_topk():
-    """As tau falls the scores collapse to the binary mask of inference; at large tau they are diffuse."""
+    """As tau falls the scores collapse to the binary mask of inference; at large tau they are
+    diffuse."""
     z = torch.randn(4, 100)
     hard = torch.stack([torch.zeros(100).index_fill(0, i, 1) for i in hard_topk(z, 20)])
     gap = [(soft_topk(z, 20, tau) - hard).abs().max().item() for tau in (100, 1, 0.1, 1e-2, 1e-6)]
@@ -167,7 +198,9 @@ def test_soft_topk_tends_to_hard_topk():
 
 def test_soft_topk_shares_among_ties():
     z = torch.tensor([[1.0, 1.0, 1.0, -1.0]])
-    assert torch.allclose(soft_topk(z, 2, 1e-3), torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0]]), atol=1e-5)
+    assert torch.allclose(
+        soft_topk(z, 2, 1e-3), torch.tensor([[2 / 3, 2 / 3, 2 / 3, 0]]), atol=1e-5
+    )
     assert torch.allclose(soft_topk(torch.zeros(1, 8), 2, 0.05), torch.full((1, 8), 0.25))
 
 
@@ -190,7 +223,9 @@ def test_soft_topk_takes_half_precision():
     """bf16 scores are solved and returned in float32; their gradient comes back as bf16."""
     z = torch.randn(2, 576).bfloat16().requires_grad_()
     a = soft_topk(z, 64, 0.05)
-    assert a.dtype == torch.float32 and torch.allclose(a.sum(1), torch.tensor([64.0, 64.0]), atol=1e-3)
+    assert a.dtype == torch.float32 and torch.allclose(
+        a.sum(1), torch.tensor([64.0, 64.0]), atol=1e-3
+    )
     a[:, 0].sum().backward()
     assert z.grad.dtype == torch.bfloat16 and z.grad.isfinite().all()
 
@@ -201,9 +236,15 @@ def test_soft_topk_ignores_padding():
     k = torch.tensor([4.0, 7.0, 20.0], dtype=torch.float64)
     a = soft_topk(z, k, 0.2, valid)
     for b in range(3):
-        assert torch.allclose(a[b, valid[b]], soft_topk(z[b:b + 1, valid[b]], k[b:b + 1], 0.2)[0], atol=1e-12)
+        assert torch.allclose(
+            a[b, valid[b]], soft_topk(z[b : b + 1, valid[b]], k[b : b + 1], 0.2)[0], atol=1e-12
+        )
     (a * torch.randn_like(a)).sum().backward()
-    assert (a[~valid] == 0).all() and (z.grad[~valid] == 0).all() and (z.grad[:2][valid[:2]] != 0).all()
+    assert (
+        (a[~valid] == 0).all()
+        and (z.grad[~valid] == 0).all()
+        and (z.grad[:2][valid[:2]] != 0).all()
+    )
 
 
 def test_soft_topk_budget_that_does_not_fit():
@@ -225,12 +266,15 @@ def test_temperature_is_a_falling_cosine():
     """We anneal tau on a cosine schedule."""
     cfg = Config(tau_start=2.0, tau_end=0.1)
     taus = [temperature(t, 100, cfg) for t in range(121)]
-    assert taus[0] == 2.0 and math.isclose(taus[50], 1.05) and taus[100:] == [pytest.approx(0.1)] * 21
+    assert (
+        taus[0] == 2.0 and math.isclose(taus[50], 1.05) and taus[100:] == [pytest.approx(0.1)] * 21
+    )
     assert all(x > y for x, y in itertools.pairwise(taus[:101]))
-    assert taus[0] - taus[10] < taus[10] - taus[20]               # flat at first: a cosine, not a line
+    assert taus[0] - taus[10] < taus[10] - taus[20]  # flat at first: a cosine, not a line
 
 
 # ---- Eq. (5): noise gate
+
 
 def uneven(n=20000, c=8):
     """Tokens whose channels differ in mean and power, as those of a residual stream do."""
@@ -245,7 +289,8 @@ def drift(before, after):
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_gate_preserves_variance(share):
-    """The coefficients keep the feature scale stable, on features of unit and of uneven variance."""
+    """The coefficients keep the feature scale stable, on features of unit and of uneven
+    variance."""
     unit = torch.randn(1, 20000, 8)
     for v, mean, std in ((unit, torch.zeros(8), torch.ones(8)), uneven()):
         a = torch.full(v.shape[:2], share)
@@ -255,7 +300,8 @@ def test_gate_preserves_variance(share):
 
 
 def test_gate_without_standardising_drifts():
-    """Plain N(0, I) noise, the letter of Eq. 5, breaks the bound of the test above on uneven features."""
+    """Plain N(0, I) noise, the letter of Eq. 5, breaks the bound of the test above on uneven
+    features."""
     v = uneven()[0]
     for share in (0.0, 0.25, 0.5):
         a = torch.full(v.shape[:2], share)
@@ -267,11 +313,14 @@ def test_gate_ends():
     """At a = 1 the token is preserved, at a = 0 it is replaced by noise."""
     v, mean, std = uneven(n=100)
     e = torch.randn_like(v)
-    kept, lost = vp_gate(v, torch.ones(1, 100), e, mean, std), vp_gate(v, torch.zeros(1, 100), e, mean, std)
+    kept, lost = (
+        vp_gate(v, torch.ones(1, 100), e, mean, std),
+        vp_gate(v, torch.zeros(1, 100), e, mean, std),
+    )
     assert ((kept - v).abs() / std).max() < 1e-3
     assert ((lost - (e * std + mean)).abs() / std).max() < 1e-3
     half = vp_gate(v, torch.full((1, 100), 0.5), e, mean, std)
-    assert torch.allclose((half - mean) / std, ((v - mean) / std + e) / 2 ** 0.5, atol=1e-3)
+    assert torch.allclose((half - mean) / std, ((v - mean) / std + e) / 2**0.5, atol=1e-3)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -287,23 +336,25 @@ def test_gate_gradient_is_finite_at_the_ends(share):
 
 
 def test_scale_gate():
-    """The natural alternative is direct scale gating, v~ = a v: shorter tokens of the same direction."""
+    """The natural alternative is direct scale gating, v~ = a v: shorter tokens of the same
+    direction."""
     v, a = torch.randn(2, 5, 8), torch.rand(2, 5)
     out = scale_gate(v, a)
     assert torch.allclose(out.norm(dim=-1), a * v.norm(dim=-1))
     assert torch.allclose(torch.cosine_similarity(out, v, dim=-1), torch.ones(2, 5))
     model = AutoSelect(Config(**TINY, gate="scale", denoiser="none")).eval()
-    got, a = model(v.repeat(1, 1, 2))
+    got, a = model(v.repeat(1, 1, 2), None, 3, 0.02)
     assert torch.allclose(got, a.unsqueeze(-1) * v.repeat(1, 1, 2))
 
 
 # ---- Section 3.4: denoiser
 
+
 def touched(denoiser, j=2):
     """Which outputs change when token j does."""
     x = torch.randn(2, 6, 16)
     other = x.clone()
-    other[:, j] += torch.randn(16)               # a constant would vanish in the LayerNorm
+    other[:, j] += torch.randn(16)  # a constant would vanish in the LayerNorm
     with torch.no_grad():
         return (denoiser(x) - denoiser(other)).abs().amax((0, 2)) > 1e-6
 
@@ -315,14 +366,18 @@ def test_diagonal_denoiser_does_not_leak_and_global_does():
 
 
 def test_sequences_of_one_equal_the_identity_mask():
-    """The short cut computes what the very same block computes under an identity mask, gradients included."""
+    """The short cut computes what the very same block computes under an identity mask, gradients
+    included."""
     denoiser = shake(Denoiser(16, 2))
     x = torch.randn(2, 6, 16)
     masked = denoiser.block(x, src_mask=~torch.eye(6, dtype=torch.bool))
     assert torch.allclose(denoiser(x), masked, atol=1e-5)
     weights = list(denoiser.parameters())
-    for mine, theirs in zip(torch.autograd.grad(denoiser(x).square().mean(), weights),
-                            torch.autograd.grad(masked.square().mean(), weights), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(denoiser(x).square().mean(), weights),
+        torch.autograd.grad(masked.square().mean(), weights),
+        strict=True,
+    ):
         assert torch.allclose(mine, theirs, atol=1e-4)
 
 
@@ -332,63 +387,74 @@ def test_denoiser_starts_as_the_identity():
         denoiser = Denoiser(16, 2, diagonal)
         assert torch.equal(denoiser(x), x)
         denoiser(x).square().sum().backward()
-        assert denoiser.block.linear2.weight.grad.abs().max() > 0          # and can leave it
+        assert denoiser.block.linear2.weight.grad.abs().max() > 0  # and can leave it
 
 
 # ---- the whole: AutoSelect
 
+
 def test_every_token_gets_a_gradient_where_hard_topk_gives_none():
-    """Noise keeps all tokens in the graph: gradients reach the score of each, removal reaches none."""
+    """Noise keeps all tokens in the graph: gradients reach the score of each, removal reaches
+    none."""
     model, seen = AutoSelect(Config(**TINY)), []
     model.scorer.register_forward_hook(lambda module, args, s: (s.retain_grad(), seen.append(s))[0])
     v = torch.randn(2, 12, 16)
-    out = model(v, tau=0.5)[0]
+    out = model(v, None, 3, tau=0.5)[0]
     (out - v).square().mean().backward()
     assert seen[0].grad.shape == (2, 12) and (seen[0].grad.abs() > 1e-9).all()
 
-    s = model.scores(v)
+    s = model.token_scores(v)
     kept = torch.stack([v[b, i] for b, i in enumerate(hard_topk(s, 3))])
     assert s.requires_grad and not kept.requires_grad
 
 
 def test_select_is_the_hard_topk_of_the_scores():
-    """At inference only the scorer and a hard top-K remain: no noise, no denoiser, the same answer twice."""
+    """At inference only the scorer and a hard top-K remain: no noise, no denoiser, the same
+    answer twice."""
     model = shake(AutoSelect(Config(**TINY))).eval()
     v, valid = torch.randn(2, 9, 16), padding(9, 5)
-    kept = model.select(v, valid)
-    assert [len(i) for i in kept] == [3, 3] and [len(i) for i in model.select(v, valid, [9, 2])] == [9, 2]
-    for got, again, want in zip(kept, model.select(v, valid), hard_topk(model.scores(v, valid), 3, valid),
-                                strict=True):
-        assert got.tolist() == again.tolist() == want.tolist()
+    kept = select(model, v, valid)
+    assert [len(i) for i in kept] == [3, 3]
+    assert [len(i) for i in select(model, v, valid, [9, 2])] == [9, 2]
+    wanted = hard_topk(model.token_scores(v, valid), 3, valid)
+    for first, again, want in zip(kept, select(model, v, valid), wanted, strict=True):
+        assert first.tolist() == again.tolist() == want.tolist()
     model.denoiser = None
-    assert [i.tolist() for i in model.select(v, valid)] == [i.tolist() for i in kept]
+    assert [i.tolist() for i in select(model, v, valid)] == [i.tolist() for i in kept]
+    flat = model.scores(units_of(v, valid), None)
+    torch.testing.assert_close(flat, model.token_scores(v, valid)[valid].detach())
 
 
 def test_forward_is_reproducible_and_keeps_type():
     model = AutoSelect(Config(**TINY))
     v = torch.randn(2, 9, 16)
-    runs = [model.eval()(v, generator=torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]
+    runs = [model.eval()(v, None, 3, 0.02, torch.Generator().manual_seed(s))[0] for s in (1, 1, 2)]
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
-    out, a = model.train()(v.bfloat16(), keep=torch.tensor([2.5, 9.0]), tau=0.3)
+    out, a = model.train()(v.bfloat16(), None, torch.tensor([2.5, 9.0]), 0.3)
     assert out.dtype == torch.bfloat16 and a.dtype == torch.float32
     assert torch.allclose(a.sum(1), torch.tensor([2.5, 9.0]), atol=1e-5)
-    assert torch.allclose(out[1].float(), v[1].bfloat16().float(), atol=0.05)      # K = N: all arrive
+    assert torch.allclose(out[1].float(), v[1].bfloat16().float(), atol=0.05)  # K = N: all arrive
 
 
 def test_statistics_are_those_of_all_tokens_seen():
-    """Three uneven padded batches give the mean and std of their tokens put together; eval adds nothing."""
+    """Three uneven padded batches, one of them a step of two parts, give the mean and std of their
+    tokens put together; a forward pass adds nothing."""
     model, seen = AutoSelect(Config(**TINY)), []
     outs = []
     for n, scale in ((9, 1.0), (5, 30.0), (7, 0.1)):
         v, valid = torch.randn(2, n, 16) * scale + scale, padding(n, 4)
-        outs.append(model(v, valid)[0])
+        parts = [(None, units_of(v, valid))]
+        if n == 5:
+            parts = [(None, units_of(v[:1], valid[:1])), (None, units_of(v[1:], valid[1:]))]
+        model.observe(None, parts, ALONE)
+        outs.append(model(v, valid, 3, 0.02)[0])
         seen.append(v[valid])
     seen = torch.cat(seen)
     assert model.count == len(seen) == 33
     assert torch.allclose(model.mean, seen.mean(0), rtol=1e-4)
     assert torch.allclose(model.std, seen.std(0, correction=0), rtol=1e-4)
-    sum(o.square().mean() for o in outs).backward()               # all three graphs are still whole
-    model.eval()(v)
+    sum(o.square().mean() for o in outs).backward()  # all three graphs are still whole
+    model(v, None, 3, 0.02)
     assert model.count == 33
     again = AutoSelect(Config(**TINY))
     again.load_state_dict(model.state_dict())
@@ -399,28 +465,32 @@ def test_patches_of_a_unit_share_one_a():
     """(B, N, P, C): one score and one a per unit, fresh noise per patch."""
     model = AutoSelect(Config(**TINY, denoiser="none"))
     v, valid = torch.randn(2, 9, 4, 16), padding(9, 6)
-    model.update_statistics(v, valid)
+    observe(model, v, valid)
     assert model.count == 60
     model.eval()
     g = torch.Generator().manual_seed(3)
-    out, a = model(v, valid, tau=1.0, generator=g)
-    assert out.shape == v.shape and a.shape == (2, 9) and len(model.select(v, valid)[1]) == 3
+    out, a = model(v, valid, 3, 1.0, g)
+    assert out.shape == v.shape and a.shape == (2, 9) and len(select(model, v, valid)[1]) == 3
     noise = torch.randn(v.shape, generator=g.manual_seed(3))
     for p in range(4):
-        assert torch.allclose(out[:, :, p], vp_gate(v[:, :, p], a, noise[:, :, p], model.mean, model.std))
-    assert torch.allclose(model.scores(v), model.scores(v[:, :, [2, 0, 3, 1]]), atol=1e-5)
-    assert torch.allclose(model.scores(v), model.scores(v.mean(2)), atol=1e-5)
+        assert torch.allclose(
+            out[:, :, p], vp_gate(v[:, :, p], a, noise[:, :, p], model.mean, model.std)
+        )
+    scores = model.token_scores(v)
+    assert torch.allclose(scores, model.token_scores(v[:, :, [2, 0, 3, 1]]), atol=1e-5)
+    assert torch.allclose(scores, model.token_scores(v.mean(2)), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "global"])
 def test_denoiser_works_per_patch(kind):
-    """Diagonal: no patch sees another, not even of its own unit. Global: all of the image, not padding."""
+    """Diagonal: no patch sees another, not even of its own unit. Global: all of the image, not
+    padding."""
     model = shake(AutoSelect(Config(**TINY, denoiser=kind, scorer="random"))).eval()
     v, valid = torch.randn(2, 5, 4, 16), padding(5, 4)
 
     def run(v):
         with torch.no_grad():
-            return model(v, valid, keep=3, generator=torch.Generator().manual_seed(0))[0]
+            return model(v, valid, 3, 0.02, torch.Generator().manual_seed(0))[0]
 
     def changed(b, n, p):
         other = v.clone()
@@ -431,9 +501,9 @@ def test_denoiser_works_per_patch(kind):
     if kind == "diagonal":
         expected[0, 1, 2] = True
     else:
-        expected[0] = True                                        # image 0 has no padding
+        expected[0] = True  # image 0 has no padding
     assert (changed(0, 1, 2) == expected).all()
-    assert not changed(1, 4, 0)[1, :4].any()                      # padding reaches no token
+    assert not changed(1, 4, 0)[1, :4].any()  # padding reaches no token
 
 
 def test_random_scorer_has_nothing_to_learn():
@@ -441,11 +511,11 @@ def test_random_scorer_has_nothing_to_learn():
     model = AutoSelect(Config(**TINY, scorer="random"))
     v = torch.randn(2, 30, 16)
     assert all(name.startswith("denoiser.") for name, _ in model.named_parameters())
-    assert not torch.equal(model.scores(v), model.scores(v))
-    assert [i.tolist() for i in model.select(v)] != [i.tolist() for i in model.select(v)]
-    a = model(v)[1]
+    assert not torch.equal(model.token_scores(v), model.token_scores(v))
+    assert [i.tolist() for i in select(model, v)] != [i.tolist() for i in select(model, v)]
+    a = model(v, None, 3, 0.02)[1]
     assert torch.allclose(a.sum(1), torch.tensor([3.0, 3.0]), atol=1e-5) and not a.requires_grad
-    assert [len(i) for i in model.select(v)] == [3, 3]
+    assert [len(i) for i in select(model, v)] == [3, 3]
     assert not list(AutoSelect(Config(**TINY, scorer="random", denoiser="none")).parameters())
 
 
@@ -467,19 +537,21 @@ def scenes(n):
 
 
 def test_training_finds_the_informative_token():
-    """The model learns which token matters from the task's loss alone: the frozen reader sums all tokens."""
-    model, steps = AutoSelect(Config(width=16, keep=1, layers=1, heads=2, tau_end=0.1)), 200
+    """The model learns which token matters from the task's loss alone: the frozen reader sums all
+    tokens."""
+    model, steps = AutoSelect(Config(**TINY, tau_start=1.0, tau_end=0.1)), 200
     optim = torch.optim.AdamW(model.parameters(), lr=3e-3)
     v, _, where = scenes(400)
 
     def hits():
         model.eval()
-        return (torch.cat(model.select(v)) == where).float().mean().item()
+        return (torch.cat(select(model, v, keep=1)) == where).float().mean().item()
 
     before = hits()
     for step in range(steps):
         batch, bits, _ = scenes(32)
-        out, _ = model.train()(batch, tau=temperature(step, steps, model.cfg))
+        observe(model, batch)
+        out, _ = model.train()(batch, None, 1, temperature(step, steps, model.cfg))
         loss = nn.functional.binary_cross_entropy_with_logits(out[..., 1:5].sum(1), bits)
         optim.zero_grad()
         loss.backward()

@@ -25,7 +25,9 @@ def test_the_kernel_is_this_python():
 @each_notebook
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
 
 
 @each_notebook
@@ -34,7 +36,9 @@ def test_cells_are_short(path):
     assert cells
     for number, cell in enumerate(cells):
         lines = cell.source.splitlines()
-        assert len(lines) <= 15, f"{path.name}, code cell {number} has {len(lines)} lines: {lines[0]}"
+        assert len(lines) <= 15, (
+            f"{path.name}, code cell {number} has {len(lines)} lines: {lines[0]}"
+        )
 
 
 @each_notebook

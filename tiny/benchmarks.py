@@ -1,8 +1,10 @@
-"""Local copies of the benchmarks, filled with the tiny world: `python -m tiny.benchmarks DIR`, for a rehearsal offline.
+"""Local copies of the benchmarks, filled with the tiny world, for a rehearsal offline:
+`python -m tiny.benchmarks DIR`.
 
-DIR/<benchmark> has the files, configs, splits and columns of the hub's; the questions are about scenes. DIR/llava and
-DIR/qwen2_5_vl are the tiny VLMs with a tokenizer that skips what follows the question's first line, such as "Answer the
-question using a single word or phrase.", and all words that they have not learnt.
+DIR/<benchmark> has the files, configs, splits and columns of the hub's; the questions are about
+scenes. DIR/llava and DIR/qwen2_5_vl are the tiny VLMs with a tokenizer that skips what follows the
+question's first line, such as "Answer the question using a single word or phrase.", and all words
+that they have not learnt.
 
     python evaluate.py --model DIR/llava --data_root DIR --benchmarks pope mme gqa --methods all
 """
@@ -18,17 +20,20 @@ from datasets import Dataset, Features, Image, List
 
 from tiny import scenes
 
-ROUND = 1_000_000                                      # MMBench: how far apart the rotated copies of a question stand
+ROUND = 1_000_000                     # MMBench: how far apart a question's rotated copies stand
+CATEGORIES = ("random", "popular", "adversarial")                              # of POPE
 
 
 def asked(n: int, family: str, first: int = 0):
-    """n of (picture as a cell, question), each about a scene of its own, from number `first` of the test scenes on."""
-    number, found = scenes.SPLITS["test"] + first, 0
-    while found < n:
+    """n of (picture as a cell, question), each about a scene of its own, from number `first` of the
+    test scenes on."""
+    number = scenes.SPLITS["test"] + first
+    while n > 0:
         scene = scenes.make_scene(number)
-        if question := scenes.ASK[family](scene, np.random.default_rng([number, 17])):
+        question = scenes.ASK[family](scene, np.random.default_rng([number, 17]))
+        if question:                                   # not every scene can be asked everything
             yield cell(scene), question
-            found += 1
+            n -= 1
         number += 1
 
 
@@ -63,69 +68,86 @@ def write(folder: Path, split: str, rows: list[dict]) -> None:
 
 def short(out: Path, n: int) -> None:
     """GQA, MME, POPE, VQAv2, TextVQA, VizWiz, DocVQA, InfoVQA, ChartQA."""
-    colours, signs = list(asked(n, "colour")), list(asked(n, "text"))
+    colours = list(asked(n, "colour"))
+    signs = list(asked(n, "text"))
     write(out / "gqa/testdev_balanced_instructions", "testdev", [
         {"id": str(i), "imageId": f"n{i}", "question": q.question, "answer": q.answer}
         for i, (_, q) in enumerate(colours)])
-    write(out / "gqa/testdev_balanced_images", "testdev", [{"id": f"n{i}", "image": c}
-                                                           for i, (c, _) in enumerate(colours)])
+    write(out / "gqa/testdev_balanced_images", "testdev", [
+        {"id": f"n{i}", "image": image} for i, (image, _) in enumerate(colours)])
     write(out / "pope", "test", [
         {"question_id": str(i), "question": q.question, "answer": q.answer,
-         "category": ("random", "popular", "adversarial")[i % 3], "image_source": f"{i}", "image": c}
-        for i, (c, q) in enumerate(asked(n, "exist"))])
-    mme = []
-    for category, (c, q) in zip(["existence", "color", "code_reasoning"] * n, asked(n // 2, "exist")):
-        number = int(c["path"][:-4])
-        scene, said = scenes.make_scene(number), {q.answer: q}
-        for seed in range(100):                        # a picture is asked about twice, once yes and once no
-            other = scenes.ask_exist(scene, np.random.default_rng([number, 18, seed]))
-            said.setdefault(other.answer, other)
-        mme += [{"question_id": f"{category}/{number}.png", "image": c, "answer": answer.capitalize(),
-                 "question": f"{x.question} Please answer yes or no.", "category": category}
-                for answer, x in sorted(said.items(), reverse=True)]
-    write(out / "mme", "test", mme)
+         "category": CATEGORIES[i % 3], "image_source": f"{i}", "image": image}
+        for i, (image, q) in enumerate(asked(n, "exist"))])
+    write(out / "mme", "test", [row for rows in mme(n) for row in rows])
     write(out / "vqav2", "validation", [
-        {"question_id": i, "question": q.question, "question_type": "what", "answer_type": "other", "image": c,
-         "answers": [{"answer": q.answer, "answer_id": k + 1, "answer_confidence": "yes"} for k in range(10)]}
-        for i, (c, q) in enumerate(colours)])
-    for name, split, key in (("textvqa", "validation", "question_id"), ("vizwiz", "val", "question_id"),
+        {"question_id": i, "question": q.question, "question_type": "what",
+         "answer_type": "other", "image": image, "answers": [
+             {"answer": q.answer, "answer_id": k + 1, "answer_confidence": "yes"}
+             for k in range(10)]}
+        for i, (image, q) in enumerate(colours)])
+    for name, split, key in (("textvqa", "validation", "question_id"),
+                             ("vizwiz", "val", "question_id"),
                              ("docvqa/DocVQA", "validation", "questionId"),
                              ("infovqa/InfographicVQA", "validation", "questionId")):
         write(out / name, split, [
-            {key: str(i), "image_id": str(i), "question": q.question, "answers": [q.answer] * 10, "image": c,
-             "ocr_tokens": q.answer.split(), "category": "other"} for i, (c, q) in enumerate(signs)])
+            {key: str(i), "image_id": str(i), "question": q.question, "answers": [q.answer] * 10,
+             "image": image, "ocr_tokens": q.answer.split(), "category": "other"}
+            for i, (image, q) in enumerate(signs)])
     write(out / "chartqa", "test", [
-        {"type": ("human_test", "augmented_test")[i % 2], "question": q.question, "answer": q.answer, "image": c}
-        for i, (c, q) in enumerate(asked(n, "count"))])
+        {"type": ("human_test", "augmented_test")[i % 2], "question": q.question,
+         "answer": q.answer, "image": image}
+        for i, (image, q) in enumerate(asked(n, "count"))])
+
+
+def mme(n: int):
+    """The two rows of each picture, which is asked about once with the answer yes and once no."""
+    categories = ["existence", "color", "code_reasoning"] * n
+    for category, (image, first) in zip(categories, asked(n // 2, "exist")):
+        number = int(image["path"][:-4])
+        scene = scenes.make_scene(number)
+        by_answer = {first.answer: first}
+        for seed in range(100):
+            other = scenes.ask_exist(scene, np.random.default_rng([number, 18, seed]))
+            by_answer.setdefault(other.answer, other)
+        yield [{"question_id": f"{category}/{number}.png", "image": image,
+                "answer": answer.capitalize(), "category": category,
+                "question": f"{question.question} Please answer yes or no."}
+               for answer, question in sorted(by_answer.items(), reverse=True)]
 
 
 def letters(out: Path, n: int) -> None:
     """MMBench, MMBench-CN, ScienceQA, SEED, MMMU, AI2D."""
-    chosen = [(c, q, *options(q, i)) for i, (c, q) in enumerate([*asked(n - n // 2, "colour"),
-                                                                 *asked(n // 2, "shape", 5000)])]
+    both = [*asked(n - n // 2, "colour"), *asked(n // 2, "shape", 5000)]
+    chosen = [(image, q, *options(q, i)) for i, (image, q) in enumerate(both)]
     circular = []
     for turn in range(4):
-        for i, (c, q, four, _) in enumerate(chosen[:max(1, n // 4)]):
+        for i, (image, q, four, _) in enumerate(chosen[:max(1, n // 4)]):
             turned = four[turn:] + four[:turn]
             circular.append({"index": i + turn * ROUND, "question": q.question, "hint": None,
-                             "answer": "ABCD"[turned.index(q.answer)], **dict(zip("ABCD", turned)),
-                             "category": q.family, "L2-category": q.family, "image": c, "split": "dev"})
+                             "answer": "ABCD"[turned.index(q.answer)],
+                             **dict(zip("ABCD", turned)), "category": q.family,
+                             "L2-category": q.family, "image": image, "split": "dev"})
     write(out / "mmbench/en", "dev", circular)
     write(out / "mmbench_cn/cn", "dev", circular)
     write(out / "scienceqa/ScienceQA-IMG", "test", [
-        {"question": q.question, "choices": four, "answer": right, "hint": "", "image": c}
-        for c, q, four, right in chosen])
+        {"question": q.question, "choices": four, "answer": right, "hint": "", "image": image}
+        for image, q, four, right in chosen])
     for name in ("seed", "seed_all", "seed_video"):
         write(out / name, "test", [
-            {"question_id": str(i), "question": q.question, **{f"choice_{x}": o for x, o in zip("abcd", four)},
+            {"question_id": str(i), "question": q.question,
+             **{f"choice_{x}": option for x, option in zip("abcd", four)},
              "answer": "ABCD"[right], "data_type": ("image", "image", "video")[i % 3],
-             "image": [c] * (3 if i % 3 == 2 else 1)} for i, (c, q, four, right) in enumerate(chosen)])
+             "image": [image] * (3 if i % 3 == 2 else 1)}
+            for i, (image, q, four, right) in enumerate(chosen)])
     write(out / "mmmu", "validation", [
         {"id": f"validation_Tiny_{i}", "question": f"<image 1> {q.question}", "options": str(four),
-         "answer": "ABCD"[right], "question_type": "multiple-choice", "image_1": c,
-         **{f"image_{k}": None for k in range(2, 8)}} for i, (c, q, four, right) in enumerate(chosen)])
-    write(out / "ai2d", "test", [{"question": q.question, "options": four, "answer": str(right), "image": c}
-                                 for c, q, four, right in chosen])
+         "answer": "ABCD"[right], "question_type": "multiple-choice", "image_1": image,
+         **{f"image_{k}": None for k in range(2, 8)}}
+        for i, (image, q, four, right) in enumerate(chosen)])
+    write(out / "ai2d", "test", [
+        {"question": q.question, "options": four, "answer": str(right), "image": image}
+        for image, q, four, right in chosen])
 
 
 def reader(source: Path, out: Path) -> None:
@@ -134,14 +156,17 @@ def reader(source: Path, out: Path) -> None:
     file = out / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     known = "|".join(word for word in tokenizer["model"]["vocab"] if word.isalnum())
+    unknown = rf"\b(?!(?:{known})\b)\w+\b|[^\w\s.,?]"
     tokenizer["normalizer"] = {"type": "Sequence", "normalizers": [
-        {"type": "Replace", "pattern": {"Regex": r"\n[\s\S]*"}, "content": " "}, {"type": "Lowercase"},
-        {"type": "Replace", "pattern": {"Regex": rf"\b(?!(?:{known})\b)\w+\b|[^\w\s.,?]"}, "content": " "}]}
+        {"type": "Replace", "pattern": {"Regex": r"\n[\s\S]*"}, "content": " "},
+        {"type": "Lowercase"},
+        {"type": "Replace", "pattern": {"Regex": unknown}, "content": " "}]}
     file.write_text(json.dumps(tokenizer))
 
 
 def main(args=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dir", type=Path)
     parser.add_argument("--n", type=int, default=60, help="questions of each, about [60]")
     cfg = parser.parse_args(args)

@@ -1,8 +1,12 @@
-"""A small ViT that names the colour of a scene's largest shape: `python tiny/classifier.py` makes tiny/vit.
+"""A small ViT that names the colour of a scene's largest shape: `python tiny/classifier.py` makes
+tiny/vit.
 
-It judges a selection without a language model (benchmarks/classify.py). Shown are what it learns from: a random share
-of each picture's patches, as a masked autoencoder sees them, so that it knows no picture but in part; and, for a head
-that is thrown away, the kind and the colour that stand in each patch, without which it takes many times as long.
+It judges a selection without a language model (benchmarks/classify.py). Shown are what it learns
+from: a random share
+of each picture's patches, as a masked autoencoder sees them, so that it knows no picture but in
+part; and, for a head
+that is thrown away, the kind and the colour that stand in each patch, without which it takes many
+times as long.
 """
 
 import argparse
@@ -21,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import scenes  # noqa: E402  (run as a script, the project's root is not on the path yet)
 
 LABELS = list(scenes.COLOURS)
-FIRST = 3_000_000_000                                  # its training scenes: those of no split, and of no selector
-LEAD = 3                                               # pixels by which the largest shape is larger than the next
-SIDE, N, BATCH, WARM = 144, 144, 64, 50                 # pixels of a side; patches, 12 x 12
+FIRST = 3_000_000_000  # its training scenes: those of no split, and of no selector
+LEAD = 3  # pixels by which the largest shape is larger than the next
+SIDE, N, BATCH, WARM = 144, 144, 64, 50  # pixels of a side; patches, 12 x 12
 
 
 def label(scene: scenes.Scene) -> int | None:
@@ -45,37 +49,72 @@ def labelled(first: int, n: int, size: tuple[int, int] = (144, 144)) -> list[sce
 
 
 def build() -> ViTForImageClassification:
-    """Random weights, 0.36 M parameters: 4 layers of 96, patches of 12 pixels, as the tiny LLaVA's."""
+    """Random weights, 0.36 M parameters: 4 layers of 96, patches of 12 pixels, as the tiny
+    LLaVA's."""
     torch.manual_seed(0)
     names = dict(enumerate(LABELS))
-    return ViTForImageClassification(ViTConfig(
-        hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=192, image_size=144,
-        patch_size=scenes.CELL, id2label=names, label2id={name: i for i, name in names.items()}))
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            intermediate_size=192,
+            image_size=144,
+            patch_size=scenes.CELL,
+            id2label=names,
+            label2id={name: i for i, name in names.items()},
+        )
+    )
 
 
 def train(model, steps: int, pool: int, lr: float = 3e-3) -> None:
-    """Muon for the matrices, AdamW for the rest, cosine with warm-up, mirrored pictures in half of the batches."""
-    from tiny.pretrain import patch_labels  # here, for whoever wants the labels alone needs none of it
+    """Muon for the matrices, AdamW for the rest, cosine with warm-up, mirrored pictures in half
+    of the batches."""
+    from tiny.pretrain import (
+        patch_labels,
+    )  # here, for whoever wants the labels alone needs none of it
+
     picked = labelled(FIRST, pool)
-    x = torch.from_numpy(np.stack([np.asarray(scenes.render(s)) for s in tqdm(picked, "pool")])).permute(0, 3, 1, 2)
+    x = torch.from_numpy(
+        np.stack([np.asarray(scenes.render(s)) for s in tqdm(picked, "pool")])
+    ).permute(0, 3, 1, 2)
     y = torch.tensor([label(s) for s in picked])
-    words = torch.from_numpy(np.stack([patch_labels(s)[0][:2] for s in picked])).view(pool, 2, 12, 12)
+    words = torch.from_numpy(np.stack([patch_labels(s)[0][:2] for s in picked])).view(
+        pool, 2, 12, 12
+    )
     head, shown = nn.Linear(model.config.hidden_size, 10 + 9), {}
 
     def take_out(module, args, tokens):
-        return torch.cat([tokens[:, :1], tokens[:, 1:].gather(1, shown["keep"][..., None].expand(-1, -1, 96))], 1)
-    hooks = [model.vit.embeddings.register_forward_hook(take_out),
-             model.vit.layernorm.register_forward_hook(lambda module, args, out: shown.update(states=out))]
-    params = {n: p for n, p in [*model.named_parameters(), *head.named_parameters(prefix="classifier.dense")]}
+        return torch.cat(
+            [tokens[:, :1], tokens[:, 1:].gather(1, shown["keep"][..., None].expand(-1, -1, 96))], 1
+        )
+
+    hooks = [
+        model.vit.embeddings.register_forward_hook(take_out),
+        model.vit.layernorm.register_forward_hook(
+            lambda module, args, out: shown.update(states=out)
+        ),
+    ]
+    params = {
+        n: p
+        for n, p in [*model.named_parameters(), *head.named_parameters(prefix="classifier.dense")]
+    }
     matrix = [p for n, p in params.items() if p.ndim == 2 and "classifier" not in n]
     rest = [p for n, p in params.items() if p.ndim != 2 or "classifier" in n]
-    optims = [torch.optim.Muon(matrix, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
-              torch.optim.AdamW(rest, lr=lr, weight_decay=0.)]
+    optims = [
+        torch.optim.Muon(matrix, lr=lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=lr, weight_decay=0.0),
+    ]
     bar = tqdm(range(steps), "train", mininterval=5)
     for step in bar:
         rng = np.random.default_rng([step, 17])
-        index, mirrored = torch.from_numpy(rng.choice(pool, BATCH, replace=False)), rng.random() < .5
-        keep = torch.from_numpy(rng.random((BATCH, N)).argsort(1)[:, :int(N * rng.uniform(.1, 1))])
+        index, mirrored = (
+            torch.from_numpy(rng.choice(pool, BATCH, replace=False)),
+            rng.random() < 0.5,
+        )
+        keep = torch.from_numpy(
+            rng.random((BATCH, N)).argsort(1)[:, : int(N * rng.uniform(0.1, 1))]
+        )
         pixels, dense = x[index].float() / 127.5 - 1, words[index]
         if mirrored:
             pixels, dense = pixels.flip(3), dense.flip(3)
@@ -86,10 +125,13 @@ def train(model, steps: int, pool: int, lr: float = 3e-3) -> None:
             loss = loss + F.cross_entropy(guess.flatten(0, 1), gold.flatten())
         for optim in optims:
             for group in optim.param_groups:
-                group["lr"] = lr * (min(1., (step + 1) / WARM) * (.5 + .5 * math.cos(math.pi * step / steps)) + .01)
+                group["lr"] = lr * (
+                    min(1.0, (step + 1) / WARM) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+                    + 0.01
+                )
             optim.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(list(params.values()), 1.)
+        nn.utils.clip_grad_norm_(list(params.values()), 1.0)
         for optim in optims:
             optim.step()
         bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
@@ -98,16 +140,24 @@ def train(model, steps: int, pool: int, lr: float = 3e-3) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} pictures [%(default)s]")
-    parser.add_argument("--pool", type=int, default=12000, help="training scenes, rendered once [%(default)s]")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "vit", help="where it goes [tiny/vit]")
+    parser.add_argument(
+        "--pool", type=int, default=12000, help="training scenes, rendered once [%(default)s]"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "vit", help="where it goes [tiny/vit]"
+    )
     args = parser.parse_args()
     model = build()
     train(model, args.steps, args.pool)
     model.bfloat16().save_pretrained(args.out)
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(args.out)
-    print(f"saved to {args.out}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    print(
+        f"saved to {args.out}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters"
+    )
 
 
 if __name__ == "__main__":

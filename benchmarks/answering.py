@@ -1,0 +1,401 @@
+"""Questions of a benchmark, put to the frozen VLM with all visual tokens or with those of a Way.
+
+    run(vlm, questions, ways, files, ...)       all of them, into predictions files
+    answer_batch(vlm, part, ways, ...)          one batch, in every way
+    ask(vlm, questions, ...)                    one batch, encoded and ready to be selected from
+
+Shapes  Q questions of a batch, B different pictures among them, K kept units
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from baselines.encoder import encode
+from baselines.inside import generate_inside
+from benchmarks.costs import Clock, per_layer, prefill_flops, timed, token_budget
+from benchmarks.predictions import Predictions, plain
+from benchmarks.questions import Question
+from common import Prompt, Units
+from runs import Way
+
+# ------------------------------------------------------------------------------------ what is asked
+
+
+@dataclass
+class QuestionBatch:
+    """All that a selection may read. A row is a question; or a picture, if one choice serves all
+    questions about it.
+
+    units     of every row's picture
+    owner     for every row the number of its picture, 0 .. B - 1
+    names     for every row a hash of its picture: the same for the same picture, in any batch
+    question  embeddings (rows, L, D) and valid (rows, L); None where rows are pictures
+    evidence  for every row (n,) share of each unit that shows the answer; None where it is unknown
+    pixels    the batch of B pictures that the vision encoder took; None for some rows of a batch
+    pictures  the same with a row for each of the B pictures; None where rows are pictures
+    inputs    {whether the question stands before the image too: the batch that the VLM answers},
+              where rows are questions
+    """
+    vlm: object
+    units: Units
+    owner: list[int]
+    names: list[str]
+    pixels: object = None
+    question: tuple[Tensor, Tensor] | None = None
+    evidence: list[Tensor | None] | None = None
+    pictures: "QuestionBatch | None" = None
+    inputs: dict | None = None
+
+    @property
+    def batch(self):
+        """Tensors of the questions' prompts and pictures, a row per question."""
+        return next(iter(self.inputs.values()))
+
+    def only(self, rows: list[int]) -> "QuestionBatch":
+        """Some of the rows; of a picture that has one, all of its rows or none."""
+        owners = [self.owner[row] for row in rows]
+        first = {owner: place for place, owner in enumerate(dict.fromkeys(owners))}
+        question = None if self.question is None else tuple(x[rows] for x in self.question)
+        evidence = None if self.evidence is None else [self.evidence[row] for row in rows]
+        pictures = None if self.pictures is None else self.pictures.only(list(first))
+        return QuestionBatch(self.vlm, self.units.rows(rows), [first[owner] for owner in owners],
+                             [self.names[row] for row in rows], None, question, evidence, pictures)
+
+    def tokens(self) -> list[int]:
+        """How many units of each row have a token."""
+        return self.units.pad(self.units.image_of)[1].sum(1).tolist()
+
+
+class Answers(NamedTuple):
+    """texts[q]
+    keep[q]     (K,) indices of what was kept to the end, or None for all
+    entered[q]  visual tokens in front of the language model, newlines included
+    later[q]    {layer: how many there are from it on}
+    """
+    texts: list[str]
+    keep: list[Tensor] | None
+    entered: list[int]
+    later: list[dict]
+
+
+class Impossible(ValueError):
+    """A selection cannot keep K of such tokens, or serve such pictures at all."""
+
+
+def ask(vlm, questions: list[Question], prepare: Callable = lambda image: image, *ways: Way | None,
+        clock: Clock | None = None) -> QuestionBatch:
+    """Some questions, every different picture encoded once, with all that the ways need.
+
+    Raises ValueError naming questions that cannot be read, or are too long.
+    """
+    clock = clock or Clock(vlm.device)
+    images = [read_images(question, prepare) for question in questions]
+    hashes = [content_hash(several) for several in images]
+    names = list(dict.fromkeys(hashes))
+    owner = [names.index(name) for name in hashes]
+    rows = [several if len(several) > 1 else several[0] for several in images]
+    pixels = vlm.pictures([rows[owner.index(b)] for b in range(len(names))])
+    turns = [[(question.prompt, None)] for question in questions]
+    orders = sorted({bool(way and way.ask_twice) for way in ways}) or [False]
+    try:
+        inputs = {twice: vlm.batch(rows, turns, ask_twice=twice) for twice in orders}
+    except ValueError as error:
+        ids = ", ".join(question.id for question in questions)
+        raise ValueError(f"{error}. The rows, from 0, are the questions {ids}") from error
+    needs = {}
+    for way in filter(None, ways):
+        needs |= way.needs
+    with clock("vision", len(names)):
+        units = encode(vlm, pixels, needs)
+    pictures = QuestionBatch(vlm, units, list(range(len(names))), names, pixels)
+    asked = QuestionBatch(vlm, units.rows(owner), owner, hashes, pixels,
+                          vlm.question(inputs[orders[0]]), None, pictures, inputs)
+    asked.evidence = [evidence_of(question, asked.units, row)
+                      for row, question in enumerate(questions)]
+    return asked
+
+
+@torch.no_grad()
+def calibration_batches(vlm, questions: list[Question], size: int) -> Iterator[tuple]:
+    """(units, question) of all questions, `size` at a time: what select() reads."""
+    for start in tqdm(range(0, len(questions), size), "calibrate"):
+        asked = ask(vlm, questions[start:start + size])
+        yield asked.units, asked.question
+
+
+def content(question: Question) -> str:
+    """The same for questions about the same pictures."""
+    return content_hash(question.images())
+
+
+def read_images(question: Question, prepare: Callable) -> list:
+    try:
+        return [prepare(image.convert("RGB")) for image in question.images()]
+    except ValueError as error:
+        raise ValueError(f"the pictures of question {question.id!r} cannot be read: {error}"
+                         ) from error
+
+
+def content_hash(images: list) -> str:
+    content = hashlib.md5(usedforsecurity=False)
+    for image in images:
+        content.update(repr(image.size).encode() + image.tobytes())
+    return content.hexdigest()
+
+
+def evidence_of(question: Question, units: Units, row: int) -> Tensor | None:
+    """The evidence of a question, None where it is unknown: the benchmark has none, or the picture
+    reaches the encoder as several views, for which there is no ground truth."""
+    if question.evidence is None or (units.views is not None and units.views[row] > 1):
+        return None
+    return question.evidence(units.grid[row])
+
+
+def recall(keep: list[Tensor] | None, evidence: list[Tensor | None]) -> list[float | None]:
+    """Share of each question's evidence that was kept, 0..1; None where it is unknown, or nothing
+    in the picture bears on the question. keep: None for all."""
+    shares = []
+    for row, cover in enumerate(evidence):
+        if cover is None or not cover.sum():
+            shares.append(None)
+        elif keep is None:
+            shares.append(1.)
+        else:
+            shares.append((cover[keep[row].cpu()].sum() / cover.sum()).item())
+    return shares
+
+
+# ------------------------------------------------------------------------------ how many are kept
+
+
+def wanted(budget, tokens: int):
+    """K for one of so many visual tokens: no more than there are; below 1 that share of them, at
+    least one. What is no number, as "mask", goes through as it is."""
+    if isinstance(budget, str):
+        return budget
+    return max(1, round(budget * tokens)) if budget < 1 else min(budget, tokens)
+
+
+def by_budget(budget, tokens: list[int]) -> dict:
+    """{K: rows that want it}."""
+    groups = {}
+    for row, n in enumerate(tokens):
+        groups.setdefault(wanted(budget, n), []).append(row)
+    return groups
+
+
+def choose(way: Way, asked: QuestionBatch, budget) -> tuple[list[Tensor], Tensor | None]:
+    """keep of every question, and the features that stand in the kept units' place, or None.
+
+    Rows that want the same K are selected from together.
+    """
+    rows = asked if way.reads_question else asked.pictures
+    tokens = rows.tokens()
+    groups = {budget: list(range(len(tokens)))} if way.adaptive else by_budget(budget, tokens)
+    keep, feats = {}, {}
+    for k, members in groups.items():
+        chosen = way.select(rows if len(groups) == 1 else rows.only(members), k)
+        if isinstance(chosen, tuple):
+            chosen, merged = chosen
+            feats |= zip(members, merged.split([len(row) for row in chosen]))
+        keep |= zip(members, chosen)
+    order = range(len(tokens)) if way.reads_question else asked.owner
+    merged = torch.cat([feats[row] for row in order]) if feats else None
+    return [keep[row] for row in order], merged
+
+
+def drown(way: Way, asked: QuestionBatch, budget) -> Tensor:
+    """(M, ...) features of every question's units, drowned in noise instead of removed."""
+    rows = asked if way.reads_question else asked.pictures
+    tokens = rows.tokens()
+    parts = {}
+    for k, members in by_budget(budget, tokens).items():
+        chosen = rows if len(members) == len(tokens) else rows.only(members)
+        parts |= zip(members, way.gate(chosen, k).split(chosen.units.counts))
+    order = range(len(tokens)) if way.reads_question else asked.owner
+    return torch.cat([parts[row] for row in order])
+
+
+# ------------------------------------------------------------------------------------ one batch
+
+
+@torch.no_grad()
+def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, prepare=lambda image: image,
+                 seed: int = 0, positions: str = "original") -> dict:
+    """{(name, K): rows of a predictions file} of one batch, or an Impossible where K cannot be had.
+
+    part: [(number, question), ...] with the same limit of new tokens
+    ways: {(name, K): Way, or None for all tokens}
+    """
+    clock = Clock(vlm.device)
+    asked = ask(vlm, [question for _, question in part], prepare, *ways.values(), clock=clock)
+    tokens = asked.tokens()
+    texts = {twice: text_tokens(vlm, batch) for twice, batch in asked.inputs.items()}
+    limit = part[0][1].limit
+    rows = {}
+    for key, way in ways.items():
+        twice = bool(way and way.ask_twice)
+        torch.manual_seed(seed + part[0][0])          # of a random scorer
+        try:
+            answers = answer_in(vlm, way, asked, key, clock, limit, positions)
+        except Impossible as error:
+            rows[key] = error
+            continue
+        rows[key] = [make_row(vlm, clock, key, part[q], q, answers, asked, tokens[q],
+                              texts[twice][q]) for q in range(len(part))]
+    return rows
+
+
+def text_tokens(vlm, batch) -> list[int]:
+    """Tokens of each row's prompt that are no image tokens."""
+    is_text = (batch["attention_mask"] != 0) & (batch["input_ids"] != vlm.image_id)
+    return is_text.sum(1).tolist()
+
+
+def answer_in(vlm, way: Way | None, asked: QuestionBatch, key, clock: Clock, limit: int,
+              positions: str = "original") -> Answers:
+    """The questions of a batch, answered in one way; with all tokens if it is None.
+
+    key: (name, K), under which the clock counts "select" per choice, "prefill" and "decode" per
+    question. Raises Impossible.
+    """
+    batch = asked.inputs[bool(way and way.ask_twice)]
+    if way and way.stages:
+        return answer_inside(vlm, way, asked, batch, key, clock, limit, positions)
+    keep, feats = None, None
+    own = way is not None and way.reads_question
+    with clock(("select", key), len(asked.owner if own else asked.pictures.owner)):
+        try:
+            if way and way.gate:
+                feats = drown(way, asked, key[1])
+            elif way and way.select:
+                keep, feats = choose(way, asked, key[1])
+        except ValueError as error:
+            raise Impossible(str(error)) from error
+    if keep is None:
+        prompt = vlm.embed(batch, asked.units, feats)
+    else:
+        prompt = vlm.prune(batch, asked.units, keep, feats, positions)
+    texts = timed(clock, key, len(asked.owner),
+                  lambda streamer: vlm.generate(prompt, limit, streamer))
+    return Answers(texts, keep, prompt.is_visual.sum(1).tolist(), [{}] * len(texts))
+
+
+def answer_inside(vlm, way: Way, asked: QuestionBatch, batch, key, clock: Clock, limit: int,
+                  positions: str = "original") -> Answers:
+    """answer_in() for a selection inside the language model: rows that want the same K go through
+    it together."""
+    prompt = vlm.embed(batch, asked.units)
+    entered = prompt.is_visual.sum(1).tolist()
+    groups = by_budget(key[1], entered)
+    rows = {}
+    for k, members in groups.items():
+        part = prompt if len(groups) == 1 else rows_of(prompt, members)
+        counts = [entered[b] for b in members]
+        rows |= zip(members, generate_staged(vlm, way, part, counts, k, key, clock, limit,
+                                             positions))
+    texts, keep, later = zip(*(rows[b] for b in range(len(entered))))
+    return Answers(list(texts), None if keep[0] is None else list(keep), entered, list(later))
+
+
+def rows_of(prompt: Prompt, rows: list[int]) -> Prompt:
+    """Some rows of a prompt, padded no further than they need."""
+    part = Prompt(prompt.embeds[rows], prompt.mask[rows], prompt.pos[..., rows, :],
+                  None if prompt.labels is None else prompt.labels[rows], prompt.is_visual[rows])
+    return part.only(part.mask.bool())
+
+
+def generate_staged(vlm, way: Way, prompt: Prompt, entered: list[int], k, key, clock: Clock,
+                    limit: int, positions: str):
+    """Of every row: its answer, the indices of what was kept to the end, or None for all,
+    {layer: visual tokens from it on}."""
+    try:
+        rules = way.stages(k, entered)
+    except ValueError as error:
+        raise Impossible(str(error)) from error
+    kept = {}
+
+    def watched(layer, rule):
+        def watch(view):
+            # the choices of all stages together are one selection
+            with clock(("select", key), len(entered) if layer == min(rules) else 0):
+                chosen = rule(view)
+            keep, changes = chosen if isinstance(chosen, tuple) else (chosen, {})
+            origins = [origin[index] for origin, index in zip(view.origin, keep)]
+            kept[layer] = changes.get("origin") or origins
+            return chosen
+        return watch
+    stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
+    texts = timed(clock, key, len(entered), lambda streamer: generate_inside(
+        vlm, prompt, stages, limit, streamer, positions))
+    if not stages:
+        clock.add(("select", key), 0., len(entered))   # nothing is selected, in no time
+    last = kept[max(kept)] if kept else [None] * len(entered)
+    later = [{layer: len(keep[b]) for layer, keep in kept.items()} for b in range(len(entered))]
+    return zip(texts, last, later)
+
+
+def make_row(vlm, clock: Clock, key, numbered: tuple[int, Question], q: int, answers: Answers,
+             asked: QuestionBatch, tokens: int, text: int) -> dict:
+    """One row of a predictions file; tokens: of its picture, text: tokens of its prompt's text."""
+    number, question = numbered
+    depth = len(vlm.lm.layers)
+    entered, later = answers.entered[q], answers.later[q]
+    layers = [text + visual for visual in per_layer(entered, later, depth)]
+    ms = {"vision": clock.ms("vision"),
+          **{stage: clock.ms((stage, key)) for stage in ("select", "prefill", "decode")}}
+    row = {"number": number, "id": question.id, "prompt": question.prompt,
+           "answer": answers.texts[q], "gold": plain(question.gold),
+           "kept": len(answers.keep[q]) if answers.keep else tokens,
+           "seen": list(token_budget(entered, later, depth)),
+           "flops": prefill_flops(vlm.model.config.text_config, layers),
+           "ms": {stage: round(time, 3) for stage, time in ms.items()}}
+    if question.evidence is not None:
+        keep = answers.keep and [answers.keep[q]]
+        row["recall"] = recall(keep, [asked.evidence[q]])[0]
+    return row
+
+
+# ------------------------------------------------------------------------------------ all batches
+
+
+def batches(questions, size: int) -> list[list[tuple[int, Question]]]:
+    """[(number, question), ...] in parts of at most `size` neighbours that may be answered at the
+    same length."""
+    parts = []
+    for number, question in enumerate(questions):
+        full = not parts or len(parts[-1]) == size
+        if full or parts[-1][0][1].limit != question.limit:
+            parts.append([])
+        parts[-1].append((number, question))
+    return parts
+
+
+def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int = 8,
+        prepare: Callable = lambda image: image, seed: int = 0, process: int = 0,
+        processes: int = 1, title: str = "", positions: str = "original") -> None:
+    """Answer what the files lack, each in its way, see answer_batch(); of several processes each
+    answers its share of the batches.
+
+    A batch that was cut off is answered again as a whole, with the same neighbours, and completed:
+    the files come out as if nothing had happened. Where K cannot be had the way is left out, which
+    is printed.
+    """
+    ways = dict(ways)
+    for part in tqdm(batches(questions, batch)[process::processes], title, disable=process > 0):
+        lacking = {key: way for key, way in ways.items()
+                   if any(question.id not in files[key].done for _, question in part)}
+        if not lacking:
+            continue
+        for key, rows in answer_batch(vlm, part, lacking, prepare, seed, positions).items():
+            if isinstance(rows, Impossible):
+                print(f"{key[0]} {key[1]}: left out, {rows}")
+                del ways[key]
+            else:
+                files[key].add(rows)

@@ -1,0 +1,363 @@
+"""Tables of scores as Markdown: lines of scores.summarise() in, text out."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+import benchmarks
+from benchmarks import scores
+
+MOST_PARTS = 8                        # that a headline has room for; more get a table of their own
+INTERVALS = "Score with its 95 % interval over questions, retention behind it"
+NO_PARTS = ("value", "interval", "retention", "retention_interval", "n", "unmatched", "value_sd",
+            "retention_sd")
+
+
+def opening(lines: list[dict], quoted: list[dict] = ()) -> str:
+    """What to read first: the headline, what the papers print, what has no average.
+
+    quoted: of scores.printed()
+    """
+    titles = titles_of(lines)
+    blocks = [headline(lines)]
+    if quoted:
+        blocks += [INTERVALS + ", in italics what the papers print:",
+                   intervals_table(lines, quoted), *notes(quoted, titles)]
+    blocks += missing_averages(lines)
+    modules = [benchmarks.load_module(name) for name in titles]
+    return "\n\n".join(blocks + [module.NOTE for module in modules if hasattr(module, "NOTE")])
+
+
+def report(lines: list[dict], quoted: list[dict] = (), header: dict | None = None) -> str:
+    """All tables: opening(), then intervals, parts, costs. header: of a predictions file."""
+    titles = titles_of(lines)
+    blocks = [opening(lines, quoted)]
+    if not quoted:
+        blocks += [INTERVALS + ":", intervals_table(lines, quoted)]
+    for name, title in titles.items():
+        has_room = len(titles) == 1 and len(parts_of(lines, name)) <= MOST_PARTS
+        if not has_room and (part := parts_table(lines, name)):
+            blocks += [f"{title}, part by part:", part]
+    blocks += ["Visual tokens in the language model, FLOPs of its prompt, milliseconds a question; "
+               "% of the prefill with all tokens:", costs_table(lines)]
+    if kept := kept_table(lines):
+        blocks += ["Tokens kept, by benchmark:", kept]
+    if spreads := spread_table(lines):
+        blocks += ["How many tokens were kept where the method decides:", spreads]
+    if header:
+        blocks.append(f"model {header['model']}, prompt {header['style']}, pictures padded: "
+                      f"{header.get('pad')}")
+    return "\n\n".join(blocks)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def titles_of(lines: list[dict]) -> dict[str, str]:
+    """{benchmark: title} of all that a line has a score of, sorted."""
+    names = sorted({name for line in lines for name in line["scores"]})
+    return {name: benchmarks.load_module(name).NAME for name in names}
+
+
+def budget(k) -> str:
+    """K as a table shows it: a number of tokens, or a share of them."""
+    if k == 0:
+        return "all"
+    return f"{100 * k:.1f} %" if not isinstance(k, str) and k < 1 else str(k)
+
+
+def label(line: dict) -> str:
+    """The method; of several seeds how many."""
+    n = line.get("runs", 1)
+    return line["method"] if n == 1 else f"{line['method']}, mean of {n}"
+
+
+def number(value: float | None, sd: float | None = None) -> str:
+    """A percentage with its standard deviation over seeds."""
+    if value is None or np.isnan(value):
+        return "-"
+    return f"{value:.1f}" + ("" if sd is None else f" ±{sd:.1f}")
+
+
+def cell(values, unit: float = 100) -> str:
+    """Mean and, of several, standard deviation, as a table shows them."""
+    sd = f" ±{unit * np.std(values, ddof=1):.3g}" if len(values) > 1 else ""
+    return f"{unit * np.mean(values):.3g}{sd}"
+
+
+# ------------------------------------------------------------------------------------ the headline
+
+
+def headline(lines: list[dict]) -> str:
+    """One row per method and K, the seeds of a run as one: of one benchmark with the parts of its
+    score, of several with their average."""
+    titles = titles_of(lines)
+    merged = scores.mean_over_seeds(lines)
+    if len(titles) == 1:
+        return one_benchmark(merged, next(iter(titles)))
+    entering = comparable(lines)
+    rows = []
+    for line in merged:
+        n = line["benchmarks"]
+        cells = [score_and_retention(line["scores"].get(name)) for name in titles]
+        average = "-"
+        if n == len(entering):
+            average = number(line["average"], line.get("average_sd"))
+        rows.append([label(line), budget(line["K"]), f"{line['cost']['kept']:.1f}", *cells, average,
+                     f"{n} of {len(titles)}"])
+    table = markdown(["method", "K", "kept", *titles.values(), "average retention",
+                      "of benchmarks"], rows)
+    return table + "\n\nscore, retention: percent of the score with all tokens"
+
+
+def one_benchmark(lines: list[dict], name: str) -> str:
+    parts = parts_of(lines, name)
+    parts = parts if len(parts) <= MOST_PARTS else []
+    with_recall = any(name in line.get("recall", {}) for line in lines)
+    head = ["method", "K", "kept", *parts, "score", "retention",
+            *["evidence recall"] * with_recall, "select ms", "prefill ms"]
+    rows = []
+    for line in lines:
+        result, cost = line["scores"][name], line["costs"][name]
+        recall = number(line.get("recall", {}).get(name), line.get("recall_sd", {}).get(name))
+        rows.append([label(line), budget(line["K"]), f"{cost['kept']:.1f}",
+                     *(number(result.get(part)) for part in parts),
+                     number(result["value"], result.get("value_sd")),
+                     number(result.get("retention"), result.get("retention_sd")),
+                     *[recall] * with_recall,
+                     f"{cost['select_ms']:.2f}", f"{cost['prefill_ms']:.2f}"])
+    return markdown(head, rows)
+
+
+def score_and_retention(result: dict | None) -> str:
+    if result is None:
+        return "-"
+    text = number(result["value"], result.get("value_sd"))
+    if "retention" in result:
+        text += ", " + number(result["retention"], result.get("retention_sd"))
+    return text
+
+
+def comparable(lines: list[dict]) -> list[str]:
+    """The benchmarks that an average is over: those in which the unpruned model scores."""
+    return [name for line in lines if line["K"] == 0
+            for name, result in line["scores"].items() if result["value"]]
+
+
+def missing_averages(lines: list[dict]) -> list[str]:
+    """A sentence on the methods that have no average, if there are any."""
+    entering = comparable(lines)
+    few = [f"{line['method']} {line['K']}" for line in lines if line["benchmarks"] < len(entering)]
+    if not few:
+        return []
+    return [f"No average of {', '.join(few)}: they lack some of {', '.join(entering)}, and "
+            "averages over different benchmarks do not compare."]
+
+
+def summary(lines: list[dict]) -> str:
+    """Average retention in percent, a row a method, a column a K, best first at the smallest K; of
+    runs that differ in the seed alone mean ± standard deviation. In brackets the mean number of
+    visual tokens in a layer of the language model, where it is not what is kept."""
+    budgets = sorted({line["K"] for line in lines if not isinstance(line["K"], str) and line["K"]},
+                     reverse=True)
+    methods = {}
+    for line in scores.mean_over_seeds(lines):
+        if line["average"] is not None and line["K"] in budgets:
+            methods.setdefault(line["method"], {})[line["K"]] = line
+
+    def at_smallest(method: str) -> float:
+        line = methods[method].get(budgets[-1])
+        return -line["average"] if line else 0.
+    rows = []
+    for method in sorted(methods, key=at_smallest):
+        by_k = methods[method]
+        rows.append([method, *(in_layers(by_k[k]) if k in by_k else "-" for k in budgets)])
+    return markdown(["method", *map(budget, budgets)], rows)
+
+
+def in_layers(line: dict) -> str:
+    layers, kept = line["cost"]["layer_mean"], line["cost"]["kept"]
+    brackets = f" ({layers:.0f})" if abs(layers - kept) > 1 else ""
+    return number(line["average"], line.get("average_sd")) + brackets
+
+
+# ------------------------------------------------------------------------------------ more tables
+
+
+def intervals_table(lines: list[dict], quoted=()) -> str:
+    """Scores with their intervals and retention, the printed rows below the lines they belong to.
+
+    An average stands only where all those benchmarks entered that the unpruned model has a score
+    in. Of one benchmark there is none: it is its retention.
+    """
+    titles = titles_of(lines)
+    entering = comparable(lines)
+
+    def averages(value: float | None, n: int) -> list[str]:
+        if len(titles) == 1:
+            return []
+        enough = n == len(entering)
+        return [number(value) if enough else "-", f"{n} of {len(titles)}"]
+    rows = []
+    for line in lines:
+        cells = [with_interval(line["scores"].get(name)) for name in titles]
+        rows.append([line["method"], budget(line["K"]), *cells,
+                     *averages(line["average"], line["benchmarks"])])
+        for row in quoted:
+            if (row["of"], row["K"]) == (line["method"], line["K"]):
+                own = {name: row["scores"][name] for name in titles if name in row["scores"]}
+                cells = [printed_cell(row, name) if name in own else "-" for name in titles]
+                counted = {name: own[name] for name in own if name in entering}
+                rows.append([f"*printed: {row['method']}, {row['source']}*", budget(line["K"]),
+                             *cells, *averages(*scores.retention(counted, row["base"]))])
+    averaged = ["average retention", "of benchmarks"] if len(titles) > 1 else []
+    return markdown(["method", "K", *titles.values(), *averaged], rows)
+
+
+def with_interval(result: dict | None) -> str:
+    if result is None:
+        return "-"
+    low, high = result["interval"]
+    kept = f", {result['retention']:.1f}" if "retention" in result else ""
+    return f"{result['value']:.1f} ({low:.1f} to {high:.1f}){kept}"
+
+
+def printed_cell(row: dict, name: str) -> str:
+    value, base = row["scores"][name], row["base"].get(name)
+    kept = f", {100 * value / base:.1f}" if base else ""
+    mark = f" [{row['flags'][name]}]" if name in row["flags"] else ""
+    return f"*{value:g}{kept}*{mark}"
+
+
+def notes(quoted, names) -> list[str]:
+    """What the letters beside the printed figures of these benchmarks stand for."""
+    flags = scores.published()["flags"]
+    used = sorted({letter for row in quoted for name, letter in row["flags"].items()
+                   if name in names})
+    return [f"[{letter}] {flags[letter]['text']}" for letter in used]
+
+
+def parts_of(lines: list[dict], name: str) -> list[str]:
+    """The parts of a benchmark's score, such as families or categories."""
+    main = benchmarks.load_module(name).MAIN
+    result = next(line["scores"][name] for line in lines if name in line["scores"])
+    return [key for key, value in result.items()
+            if key not in (*NO_PARTS, main) and isinstance(value, float)]
+
+
+def parts_table(lines: list[dict], name: str) -> str:
+    """The parts of one benchmark's score; "" if it has none."""
+    parts = parts_of(lines, name)
+    rows = []
+    for line in lines:
+        if result := line["scores"].get(name):
+            rows.append([line["method"], budget(line["K"]),
+                         *(number(result.get(part)) for part in parts), str(result["n"]),
+                         number(result.get("retention"))])
+    return markdown(["method", "K", *parts, "n", "retention %"], rows) if parts else ""
+
+
+def costs_table(lines: list[dict]) -> str:
+    """Tokens, FLOPs of the language model's prompt and milliseconds a question, mean over
+    benchmarks; the selection and the prefill also in percent of the prefill with all tokens in the
+    same run."""
+    whole = next((line["cost"]["prefill_ms"] for line in lines if line["K"] == 0), float("nan"))
+    rows = []
+    for line in lines:
+        cost = line["cost"]
+        stages = [cell for stage in ("select", "prefill") for cell in (
+            f"{cost[f'{stage}_ms']:.2f}", f"{100 * cost[f'{stage}_ms'] / whole:.1f}")]
+        tokens = [f"{cost[key]:.1f}" for key in ("kept", "entering", "last_layer", "layer_mean")]
+        rows.append([line["method"], budget(line["K"]), *tokens, f"{cost['gflops']:.4g}",
+                     f"{cost['vision_ms']:.2f}", *stages, f"{cost['decode_ms']:.2f}"])
+    return markdown(["method", "K", "kept", "enter", "in the last layer", "mean over layers",
+                     "prefill GFLOPs", "vision ms", "select ms", "%", "prefill ms", "%",
+                     "decode ms"], rows)
+
+
+def kept_table(lines: list[dict]) -> str:
+    """Mean number of kept units per benchmark, of the lines where it differs; "" if of none."""
+    titles = titles_of(lines)
+    rows = []
+    for line in lines:
+        kept = {name: f"{cost['kept']:.1f}" for name, cost in line["costs"].items()}
+        if len(set(kept.values())) > 1:
+            rows.append([line["method"], budget(line["K"]),
+                         *(kept.get(name, "-") for name in titles)])
+    head = ["method", "K", *(f"kept, {title}" for title in titles.values())]
+    return markdown(head, rows) if rows else ""
+
+
+def spread_table(lines: list[dict]) -> str:
+    """How methods that decide for themselves spread their tokens; "" if there are none."""
+    rows = []
+    for line in lines:
+        for spread in line.get("spread", {}).values():
+            families = ", ".join(f"{name} {k:.0f}" for name, k in spread["families"].items())
+            buckets = ", ".join(f"{b['from']}-{b['to']}: {b['score']:.0f} ({b['n']})"
+                                for b in spread["buckets"] if b["n"])
+            deciles = " ".join(f"{k:.0f}" for k in spread["deciles"][1:-1])
+            rows.append([line["method"], budget(line["K"]), f"{spread['mean']:.1f}", deciles,
+                         families, f"{spread['things']:.2f}", buckets])
+    head = ["method", "wished K", "mean K", "deciles 10 .. 90", "K by family",
+            "correlation with number of things", "score by bucket of K (n)"]
+    return markdown(head, rows) if rows else ""
+
+
+# ------------------------------------------------------------------------------------ pages
+
+
+def ablations(method: str, results: Path = Path("results")) -> str:
+    """Every results/ablations/<method>/<variant>/benchmarks.json beside the method's own results,
+    results/<method>_tiny: retention, mean over seeds, and what the variant loses; the papers' own
+    ablations where they print them. Of each file the runs count that are named like its variant."""
+    folders = {path.name: path for path in sorted((results / "ablations" / method).iterdir())
+               if path.is_dir()}
+    folders = {method: results / f"{method}_tiny", **folders}
+    variants = {name: retentions(path / "benchmarks.json", name) for name, path in folders.items()}
+    base = variants[method][""]
+    budgets = sorted((k for k in base if not isinstance(k, str) and k), reverse=True)
+    papers = scores.published()["ablations"].get(method, {})
+    rows = []
+    for name, kinds in variants.items():
+        for kind, by_k in kinds.items():
+            if not set(budgets) <= set(by_k):          # the mask of a selector has no budget
+                continue
+            cells = [f"{number(*by_k[k])}, {by_k[k][0] - base[k][0]:+.1f}" for k in budgets]
+            own = papers.get("base" if name == method else name, []) if not kind else []
+            # StepPrune prints another base for its causal encoder than for the rest
+            full = papers.get(f"base of {name}", papers.get("base", []))
+            paper = [f"{x:.1f}, {x - y:+.1f}" for x, y in zip(own, full)]
+            title = "base" if name == method else name
+            rows.append([title + kind, *cells, " / ".join(paper) or "-"])
+    head = ["variant", *(f"K = {budget(k)}: retention, - base" for k in budgets),
+            "published: retention, - base"]
+    return markdown(head, rows)
+
+
+def retentions(path: Path, run: str) -> dict[str, dict]:
+    """{"" or what stands behind a run's name, such as " gated": {K: (retention, deviation)}}."""
+    kinds = {}
+    for line in scores.mean_over_seeds(json.loads(path.read_text(encoding="utf-8"))["lines"]):
+        folder, _, kind = scores.SEED.sub("", line["method"]).split("/")[-1].partition(" ")
+        if "/" in line["method"] and folder == run:
+            kinds.setdefault(kind and f" {kind}", {})[line["K"]] = (
+                line["average"], line.get("average_sd"))
+    return kinds
+
+
+def refresh(page: Path) -> None:
+    """Put the tables that a page quotes between <!-- table: FILE --> and <!-- end --> in again from
+    their files."""
+    page = Path(page)
+
+    def quote(mark):
+        table = (page.parent / mark[2]).read_text(encoding="utf-8").strip()
+        return f"{mark[1]}\n{table}\n<!-- end -->"
+    text = re.sub(r"(<!-- table: (\S+) -->)\n.*?<!-- end -->", quote,
+                  page.read_text(encoding="utf-8"), flags=re.S)
+    page.write_text(text, encoding="utf-8")

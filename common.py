@@ -1,0 +1,950 @@
+"""A frozen vision-language model (VLM) whose visual tokens are pruned behind its vision encoder.
+
+    vlm    = FrozenVLM.from_pretrained(path)
+    batch  = vlm.batch(images, turns)            one image and one dialogue per row, left padded
+    units  = vlm.encode(batch)                   frozen vision encoder, before the projector
+    prompt = vlm.embed(batch, units, feats)      training: every unit, gated, differentiable
+    prompt = vlm.prune(batch, units, keep)       inference: the kept units alone
+    vlm.loss(prompt), vlm.logits(prompt), vlm.generate(prompt)
+
+A unit is what the language model reads as one visual token: a CLIP patch in LLaVA, a 2x2 block of
+patches in Qwen2.5-VL. Pruning is exact: the logits are those of the full sequence in which the
+attention mask hides the dropped tokens, because what stays keeps the position it had there.
+
+An image may reach the encoder as several views: crops, tiles, frames of a video, or several images
+of one row. To a selector all views of a row are one image. One that selects in each view by itself
+asks Units.apart() and hands its answer to Units.together().
+
+Shapes  B rows, M units of all images together, N most units of one image, C vision width,
+        P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary,
+        T views of all images together, S image tokens of the batch
+Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/.
+        Pruning inside the language model, and attention maps, which only rivals need: baselines/.
+"""
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors as hub
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    Qwen2_5_VLProcessor,
+)
+from transformers.processing_utils import ProcessorMixin
+from transformers.vision_utils import get_vision_window_index
+
+IGNORE = -100                         # label of a token that is not part of an answer
+
+
+# ---------------------------------------------------------------------------- what a selector sees
+
+
+@dataclass
+class Units:
+    """The visual units of a batch: everything that a selector sees. No gradient.
+
+    feats      (M, C), or (M, P, C) where a unit has P patches; raster order, image after image
+    image_of   (M,) int64, the row of the batch that the unit belongs to, ascending
+    grid       (rows, columns) of units of every image; several views stand one below another,
+               or, where they differ in width, as one column
+    views      how many views every image has; None if each has one
+    has_token  (M,) bool, False for padding that LLaVA-NeXT cuts off; None if all have one
+    shapes     (rows, columns) of all views; None if those of one image are alike
+    readings   name -> (M, ...), what baselines/encoder.py read off the encoder besides
+    """
+    feats: Tensor
+    image_of: Tensor
+    grid: list[tuple[int, int]]
+    views: list[int] | None = None
+    has_token: Tensor | None = None
+    shapes: list[tuple[int, int]] | None = None
+    readings: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[int]:
+        """Units of each image."""
+        return [rows * columns for rows, columns in self.grid]
+
+    def _column(self) -> Tensor:
+        """(M,) index of every unit inside its own image."""
+        return torch.cat([torch.arange(n, device=self.image_of.device) for n in self.counts])
+
+    def pad(self, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(M, ...), by default feats -> (B, N, ...) with zeros behind shorter images, and valid.
+
+        valid (B, N) bool: the units that may be kept. False behind a shorter image and where a
+        unit has no token.
+        """
+        x = self.feats if x is None else x
+        if len(x) != len(self.image_of):
+            raise ValueError(f"pad() got {len(x)} rows: expected one per unit, that is "
+                             f"{len(self.image_of)}")
+        column = self._column()
+        padded = x.new_zeros(len(self.grid), max(self.counts), *x.shape[1:])
+        valid = torch.zeros(padded.shape[:2], dtype=torch.bool, device=x.device)
+        padded[self.image_of, column] = x
+        valid[self.image_of, column] = True if self.has_token is None else self.has_token
+        return padded, valid
+
+    def flat(self, padded: Tensor) -> Tensor:
+        """(B, N, ...) -> (M, ...), the inverse of pad()."""
+        if padded.shape[:2] != (len(self.grid), max(self.counts)):
+            raise ValueError(f"flat() got shape {tuple(padded.shape)}: expected ({len(self.grid)}, "
+                             f"{max(self.counts)}, ...), as pad() gives it")
+        return padded[self.image_of, self._column()]
+
+    def rows(self, owner: list[int]) -> "Units":
+        """Units of a batch whose row b shows image owner[b]: several questions about one image."""
+        parts = [(self.image_of == b).nonzero().flatten() for b in owner]
+        index = torch.cat(parts)
+        sizes = torch.tensor([len(part) for part in parts])
+        image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
+        views = None if self.views is None else [self.views[b] for b in owner]
+        shapes = None
+        if self.shapes is not None:
+            by_image = split_by(self.shapes, self.views)
+            shapes = [shape for b in owner for shape in by_image[b]]
+        has_token = None if self.has_token is None else self.has_token[index]
+        readings = {name: x[index] for name, x in self.readings.items()}
+        return Units(self.feats[index], image_of, [self.grid[b] for b in owner], views, has_token,
+                     shapes, readings)
+
+    def apart(self) -> "Units":
+        """The same units with every view an image of its own."""
+        if self.views is None:
+            return self
+        grid = self.shapes or [(rows // n, columns) for (rows, columns), n in
+                               zip(self.grid, self.views) for _ in range(n)]
+        sizes = torch.tensor([rows * columns for rows, columns in grid])
+        image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(self.image_of.device)
+        return replace(self, image_of=image_of, grid=grid, views=None, shapes=None)
+
+    def together(self, keep) -> list[Tensor]:
+        """What was kept of each view of apart(), (K_t,) indices -> the same of these units."""
+        views, keep = self.views or [1] * len(self.grid), list(keep)
+        if len(keep) != sum(views):
+            raise ValueError(f"keep has {len(keep)} rows: expected one per view, that is "
+                             f"{sum(views)}")
+        first = [sum(sizes[:i]) for sizes in split_by(self.apart().counts, views)
+                 for i in range(len(sizes))]
+        moved = [index + offset for index, offset in zip(keep, first)]
+        return [torch.cat(part) for part in split_by(moved, views)]
+
+
+def split_by(items: list, sizes: list[int]) -> list[list]:
+    """The first sizes[0] items, the next sizes[1], and so on."""
+    rest = iter(items)
+    return [[next(rest) for _ in range(n)] for n in sizes]
+
+
+def kept_mask(units: Units, keep, name: str = "keep") -> Tensor:
+    """keep of FrozenVLM.prune() -> (M,) bool. Raises ValueError, which calls it `name`."""
+    if len(keep) != len(units.grid):
+        raise ValueError(f"{name} has {len(keep)} rows: expected one per image, "
+                         f"that is {len(units.grid)}")
+    rows = []
+    for row, (index, n) in enumerate(zip(keep, units.counts)):
+        index = index.cpu()
+        if index.dtype != torch.int64 or index.ndim != 1:
+            raise ValueError(f"{name}[{row}] is {index.dtype} {tuple(index.shape)}: "
+                             "expected int64 (K,)")
+        if len(index) and not 0 <= index.min() <= index.max() < n:
+            raise ValueError(f"{name}[{row}] spans {index.min()} to {index.max()}: expected 0 to "
+                             f"{n - 1}, the units of row {row}; indices start anew in every row")
+        if not (index[1:] > index[:-1]).all():
+            raise ValueError(f"{name}[{row}] = {index.tolist()}: expected strictly ascending "
+                             "indices; sort them and name each unit once")
+        rows.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
+    kept = torch.cat(rows).to(units.feats.device)
+    if units.has_token is not None:
+        missing = (kept & ~units.has_token).nonzero().flatten().tolist()
+        if missing:
+            row = int(units.image_of[missing[0]])
+            unit = missing[0] - sum(units.counts[:row])
+            raise ValueError(f"{name}[{row}] names {unit}, a unit without a token: expected units "
+                             "that pad() calls valid")
+    return kept
+
+
+@dataclass
+class Prompt:
+    """What enters the language model.
+
+    embeds (B, L, D) | mask (B, L) int64, 0 on the left padding | pos (B, L), (3, B, L) with M-RoPE
+    labels (B, L) int64, -100 on all but the answers | is_visual (B, L) bool: units and newlines
+    Inside the language model also (baselines/inside.py)
+    origin (B, L) int64: a visual token's index among those that entered, -1 for text
+    log_size (B, L): added to the attention logits of a token as a key; None for nothing
+    """
+    embeds: Tensor
+    mask: Tensor
+    pos: Tensor
+    labels: Tensor | None
+    is_visual: Tensor
+    origin: Tensor | None = None
+    log_size: Tensor | None = None
+
+    def only(self, stays: Tensor) -> "Prompt":
+        """The tokens in stays (B, L) bool, left padded anew; each keeps its position and label."""
+        count = stays.sum(1)
+        width = int(count.max())
+        # a stable sort by "stays" moves what stays to the right end in its old order: left padding
+        index = stays.int().argsort(dim=1, stable=True)[:, -width:]
+        mask = torch.arange(width, device=index.device) >= width - count[:, None]
+
+        def gather(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.gather(1, index)
+        labels = gather(self.labels)
+        pos = self.pos.gather(-1, index.expand(*self.pos.shape[:-1], -1))
+        embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
+        return Prompt(embeds, mask.long(), pos.masked_fill(~mask, 0),
+                      None if labels is None else labels.masked_fill(~mask, IGNORE),
+                      gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size))
+
+
+# ---------------------------------------------------------------------------- families of VLMs
+
+
+class Adapter(ABC):
+    """What is special to one family. A further family is one file in backbones/ with a subclass.
+
+    model_type       of the checkpoint's config.json; matches() may look closer
+    processor_class  its from_pretrained() gives tokenizer, image processor and chat template
+    kind             what the chat template calls a picture: "image", or "video" of frames
+    side, unit_side  units along a side of a view, 0 at native resolution; pixels of a unit's side
+    For rivals that read the encoder's attention (baselines/encoder.py)
+    has_cls          whether the encoder has a [CLS] token
+    depth            blocks that feats go through
+    whole            numbers, from 0, of its blocks whose attention spans a view
+    """
+    model_type = ""
+    processor_class, kind, side, has_cls = AutoProcessor, "image", 0, False
+    known: list[type["Adapter"]] = []
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        Adapter.known.append(cls)
+
+    @classmethod
+    def matches(cls, config) -> bool:
+        """Does this family serve a checkpoint with this config?"""
+        return config.model_type == cls.model_type
+
+    def __init__(self, model: nn.Module):
+        self.model, self.config = model.model, model.config
+        vision = model.config.vision_config
+        patch = vision.patch_size
+        self.patch = patch if isinstance(patch, int) else patch[0]
+        self.width, self.unit_side = vision.hidden_size, self.patch
+        self.token_id = getattr(self.config, f"{self.kind}_token_id")
+        tower = getattr(self.model, "visual", None) or self.model.vision_tower
+        self.attentions = [part for part in tower.modules()
+                           if hasattr(part, "k_proj") or hasattr(part, "qkv")]
+        self.depth = len(self.attentions)
+        self.whole = list(range(self.depth))
+
+    def inputs(self, processor, images: list, text: list[str] | None = None, **how) -> BatchFeature:
+        """The processor's tensors of RGB pictures and, if there is text, of the prompts."""
+        if text is None:
+            return processor.image_processor(images=images, return_tensors="pt")
+        return processor(images=images, text=text, **how)
+
+    def written(self, tokenizer, token: str) -> str:
+        """What the prompt has where the chat template writes the image token."""
+        return token
+
+    def views(self, batch) -> list[int] | None:
+        """How many views every image has; None if each has one."""
+        return None
+
+    def tiles(self, batch) -> Tensor:
+        """(T, 3, H, W), what the encoder takes: all views, one after another."""
+        return batch["pixel_values"]
+
+    @abstractmethod
+    def encode(self, batch) -> tuple[Tensor, list[tuple[int, int]]]:
+        """feats (M, C) or (M, P, C), and (rows, columns) of units in every VIEW."""
+
+    def project(self, feats: Tensor, unit: Tensor) -> Tensor:
+        """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
+        return self.model.multi_modal_projector(feats)
+
+    def slots(self, batch) -> tuple[Tensor, Tensor] | None:
+        """unit (S,), line (S,) int64 of every image token; None if the i-th shows unit i.
+
+        unit: the one that it shows, -1 for a newline. line: the same number for a newline and for
+        the units of the line that it ends, -1 for a unit without. A newline stays if and only if a
+        unit of its line is kept.
+        """
+        return None
+
+    def pixels(self, batch) -> list[Tensor]:
+        """(3, H, W) of each view, normalised as the encoder sees it."""
+        return list(self.tiles(batch))
+
+    def positions(self, batch) -> Tensor:
+        """(B, L), or (3, B, L) with M-RoPE, of the full prompt."""
+        return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    def fold(self, x: Tensor, batch) -> Tensor:
+        """(T, n, d), a value per token of the encoder -> (M, d), the mean over each unit's."""
+        raise ValueError(f"{type(self).__name__} does not say which tokens of its encoder make a "
+                         "unit: expected fold(), which rivals that read attention need")
+
+
+class LlavaAdapter(Adapter):
+    """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
+
+    model_type, has_cls = "llava", True
+
+    @classmethod
+    def matches(cls, config):
+        """Another tower, such as SigLIP, is another family."""
+        return (config.model_type == cls.model_type
+                and config.vision_config.model_type == "clip_vision_model")
+
+    def __init__(self, model):
+        super().__init__(model)
+        config, vision = self.config, self.config.vision_config
+        layer, layers = config.vision_feature_layer, vision.num_hidden_layers
+        if config.vision_feature_select_strategy != "default":
+            raise ValueError(f"select strategy {config.vision_feature_select_strategy!r}: expected "
+                             "'default', which drops [CLS]")
+        if not isinstance(layer, int) or not 0 < abs(layer) <= layers:
+            raise ValueError(f"vision_feature_layer={layer}: expected one of the {layers} layers, "
+                             "such as -2")
+        # hidden state 0 is the embedding: the last state is the output of layer number `layers`
+        self.depth = layer if layer > 0 else layers + 1 + layer
+        self.side = vision.image_size // vision.patch_size
+
+    def encode(self, batch):
+        """The layers above the feature layer do not run."""
+        tower = self.model.vision_tower
+        x = tower.pre_layrnorm(tower.embeddings(self.tiles(batch)))
+        for block in tower.encoder.layers[:self.depth]:
+            x = block(x, attention_mask=None)
+        return x[:, 1:].flatten(0, 1), [(self.side, self.side)] * len(x)
+
+    def fold(self, x, batch):
+        return x[:, 1:].flatten(0, 1)
+
+
+class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
+    """The stock processor without its video half, which cannot be built without torchvision."""
+
+    # transformers reads the parts to load from this signature: none of them is a video_processor
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token = self.video_token_id = self.video_processor = None
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class QwenAdapter(Adapter):
+    """Qwen2.5-VL: native resolution; the merger turns a block of patches into one token."""
+
+    model_type, processor_class = "qwen2_5_vl", ImageOnlyQwenProcessor
+
+    def __init__(self, model):
+        super().__init__(model)
+        vision = self.config.vision_config
+        self.merge = vision.spatial_merge_size
+        self.unit_side = vision.patch_size * self.merge
+        self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
+                           patch_size=vision.patch_size)
+        self.whole = sorted(vision.fullatt_block_indexes)
+
+    def encode(self, batch):
+        grid = batch["image_grid_thw"]
+        x = self.model.visual(batch["pixel_values"], grid_thw=grid).last_hidden_state
+        return self._raster(x, batch), [(h // self.merge, w // self.merge)
+                                        for _, h, w in grid.tolist()]
+
+    def _raster(self, x: Tensor, batch) -> Tensor:
+        """(n, d) of all patches -> (M, P, d). The encoder leaves its blocks in the order of its
+        attention windows; selectors expect raster order."""
+        window, _ = get_vision_window_index(batch["image_grid_thw"], **self.window)
+        return x.view(-1, self.merge ** 2, x.shape[-1])[window.to(x.device).argsort()]
+
+    def pixels(self, batch):
+        grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
+        parts = batch["pixel_values"].split([h * w for _, h, w in grid])
+        pictures = []
+        for (_, h, w), x in zip(grid, parts):
+            x = x.view(h // self.merge, w // self.merge, self.merge, self.merge, 3, -1, side, side)
+            x = x[..., 0, :, :]                   # a still picture stands in both of its two frames
+            x = x.permute(4, 0, 2, 5, 1, 3, 6)
+            pictures.append(x.reshape(3, h * side, w * side))
+        return pictures
+
+    def project(self, feats, unit):
+        return self.model.visual.merger(feats.flatten(0, 1))
+
+    def positions(self, batch):
+        """(3, B, L), of the FULL prompt: on pruned ids all positions behind the image are wrong."""
+        ids = batch["input_ids"]
+        visual = (ids == self.config.image_token_id).int()
+        return self.model.get_rope_index(ids, visual, image_grid_thw=batch["image_grid_thw"],
+                                         attention_mask=batch["attention_mask"])[0]
+
+    def fold(self, x, batch):
+        return self._raster(x[0], batch).mean(1)
+
+
+def find_adapter(config) -> type[Adapter]:
+    """The family that serves a checkpoint. Raises ValueError if none does, or several."""
+    here = [family for family in (LlavaAdapter, QwenAdapter) if family.matches(config)]
+    if here:
+        return here[0]
+    rooms = importlib.import_module("backbones")
+    for room in pkgutil.iter_modules(rooms.__path__):
+        importlib.import_module(f"backbones.{room.name}")
+    serving = [family for family in Adapter.known if family.matches(config)]
+    if len(serving) != 1:
+        tower = getattr(getattr(config, "vision_config", None), "model_type", None)
+        names = [family.__name__ for family in serving] or "none of the families"
+        types = ", ".join(dict.fromkeys(x.model_type for x in Adapter.known if x.model_type))
+        raise ValueError(f"model_type {config.model_type!r} with the vision tower {tower!r} is "
+                         f"served by {names}: expected one of {types}; a further family is one "
+                         "file in backbones/, see its README")
+    return serving[0]
+
+
+# ---------------------------------------------------------------------------- loading
+
+
+@contextmanager
+def reading(name: str):
+    """What goes wrong while the checkpoint `name` is read -> one sentence: cause, what to do."""
+    try:
+        yield
+    except OSError as error:
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+
+        def is_due_to(*kinds) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+        nowhere = f"no checkpoint at {name!r}: "
+        if is_due_to(hub.GatedRepoError):
+            raise PermissionError(
+                f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then log "
+                "in with `hf auth login` or set HF_TOKEN to a token of that account") from error
+        if is_due_to(hub.RepositoryNotFoundError):
+            raise FileNotFoundError(
+                f"{nowhere}neither a folder here nor a model on the Hugging Face hub; check the "
+                "spelling, or log in with `hf auth login` if it is private") from error
+        offline = is_due_to(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
+        if offline and not Path(name).is_dir():
+            raise ConnectionError(
+                f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
+                "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
+        raise FileNotFoundError(
+            f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
+            f"Face hub; train or download it first ({error})") from error
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint, before anything large is read. Raises as from_pretrained()."""
+    with reading(name):
+        # names on the hub are owner/model
+        is_folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"
+        if is_folder and not Path(name, "config.json").exists():
+            raise OSError("there is none")
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    try:
+        with reading(name):
+            return AutoConfig.from_pretrained(name)
+    except (ValueError, KeyError) as error:
+        kind = values.get("model_type")
+        raise ValueError(f"{name!r} has model_type {kind!r}, which transformers does "
+                         "not know: expected a vision-language model") from error
+
+
+def blank_model(config, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:
+    """The model of a config with random weights, always the same, made on the device in dtype.
+    On "meta" it has shapes alone, in no memory."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype,
+                                                       attn_implementation=attn)
+
+
+def weight_bytes(config, dtype=torch.bfloat16) -> int:
+    """What the weights of a config take in dtype, counted on its modules."""
+    return sum(p.numel() * p.element_size() for p in blank_model(config, dtype).parameters())
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left for new tensors; None where nothing tells."""
+    info = Path("/proc/meminfo")
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not info.exists():
+        return None
+    lines = dict(line.split(":") for line in info.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
+
+
+# ---------------------------------------------------------------------------- the frozen model
+
+
+class FrozenVLM(nn.Module):
+    """A VLM that is never trained and whose visual tokens can be pruned: from_pretrained()."""
+
+    def __init__(self, model: nn.Module, processor):
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.lm = model.model.language_model
+        # generate() hands the output layer a slice of the states; on a CPU torch would then copy
+        # its whole weight once per row
+        self.model.lm_head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(),))
+        self.adapter = find_adapter(model.config)(model)
+        self.family = model.config.model_type
+        self.width = self.adapter.width                       # C, of a patch after the encoder
+        self.dim = model.config.text_config.hidden_size       # D, of the language model
+        self.unit_side = self.adapter.unit_side               # pixels that a unit is high and wide
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.image_id = self.adapter.token_id
+        self.image_token = self.tokenizer.convert_ids_to_tokens(self.image_id)
+        self.written = self.adapter.written(self.tokenizer, self.image_token)
+        start = getattr(model.config, "vision_start_token_id", None)
+        self.image_start = (self.written if start is None
+                            else self.tokenizer.convert_ids_to_tokens(start))
+        self.tokenizer.padding_side = "left"
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        # Qwen's template ends an answer itself, LLaVA's does not, and a model must learn to stop
+        ask, answer = self._message("user", "a"), self._message("assistant", "b")
+        tail = self._template([ask, answer])[len(self._template([ask], generation=True)):]
+        self.end = self.tokenizer.eos_token if tail.strip() == "b" else ""
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa",
+                        random_weights: bool = False) -> "FrozenVLM":
+        """Load a checkpoint folder or hub name; attn: attn_implementation of transformers.
+
+        random_weights: the model of the config alone, always the same weights, for memory and
+        speed without a download. Its answers mean nothing, and it says so.
+        Raises before a weight is read: FileNotFoundError if there is no such checkpoint,
+        PermissionError if it is gated, ConnectionError if the hub cannot be asked, ValueError if
+        no family serves it, MemoryError if the weights do not fit the device.
+        """
+        name, device = str(name_or_path), torch.device(device)
+        config = read_config(name)
+        family = find_adapter(config)
+        with reading(name):
+            processor = family.processor_class.from_pretrained(name)
+        need, free = weight_bytes(config, dtype), free_bytes(device)
+        if free is not None and need > free:
+            raise MemoryError(
+                f"the weights of {name!r} need {need / 2**30:.1f} GiB in {dtype}, {device} has "
+                f"{free / 2**30:.1f} GiB free: choose a smaller dtype, such as bfloat16, or "
+                "another device, or end what else runs there")
+        if random_weights:
+            print(f"RANDOM WEIGHTS: OF {name} ONLY THE SHAPES ARE REAL, ITS ANSWERS MEAN NOTHING")
+            return cls(blank_model(config, dtype, device, attn), processor)
+        with reading(name):
+            # straight to the device: the CPU's memory may be smaller than the GPU's
+            model = AutoModelForImageTextToText.from_pretrained(
+                name, dtype=dtype, attn_implementation=attn,
+                device_map=None if device.type == "cpu" else {"": device})
+        return cls(model, processor)
+
+    def train(self, mode: bool = True) -> "FrozenVLM":
+        """Does nothing: a frozen model has no training mode."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What a selector's weights depend on. One that never saw the language model depends on
+        vision_* and feature_layer alone. vision_side: 0 for native resolution."""
+        config, vision = self.model.config, self.model.config.vision_config
+        return dict(
+            model_type=config.model_type, vision_width=self.width, vision_patch=self.adapter.patch,
+            vision_side=self.adapter.side,
+            vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+            feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
+            layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
+
+
+    def _message(self, role: str, text: str, images: int = 0) -> dict:
+        pictures = [{"type": self.adapter.kind}] * images
+        return {"role": role, "content": pictures + [{"type": "text", "text": text}]}
+
+    def _template(self, messages, generation: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.processor.chat_template, tokenize=False,
+            add_generation_prompt=generation)
+
+    def _dialogue(self, turns, ask_twice: bool, images: int) -> tuple[str, list[tuple[int, int]]]:
+        """Text of a dialogue, and [start, end) of its answers with their end-of-turn marks."""
+        messages, heads, spans, text = [], [], [], ""
+
+        def render(**how) -> str:
+            text = self._template(messages, **how).replace(self.image_token, self.written)
+            if ask_twice:
+                # many templates write the image first, wherever it is put
+                first = f"{turns[0][0]} {self.image_start}"
+                text = text.replace(self.image_start, first, 1)
+            return text
+        for question, answer in turns:
+            messages.append(self._message("user", question, 0 if messages else images))
+            text = render(generation=True)
+            heads.append(text)
+            if answer is not None:
+                messages.append(self._message("assistant", answer.strip() + self.end))
+                text = render()
+                spans.append((len(heads[-1]), len(text.rstrip())))
+        if not all(text.startswith(head) for head in heads):
+            raise ValueError("this checkpoint's chat template rewrites earlier turns when one is "
+                             "added: the answers cannot be located, pass one turn per row")
+        return text, spans
+
+    def unknown_words(self, text: str) -> list[str]:
+        """Words, or pieces of words, that the tokenizer cannot spell."""
+        tokens = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(tokens["input_ids"], tokens["offset_mapping"])
+        unknown = [text[start:end] for token, (start, end) in pairs
+                   if token == self.tokenizer.unk_token_id]
+        return list(dict.fromkeys(unknown))
+
+    def _check_rows(self, images, turns) -> None:
+        """Raises ValueError for rows that no prompt can be made of."""
+        if not len(images) == len(turns) > 0:
+            raise ValueError(f"batch() got {len(images)} images and {len(turns)} dialogues: "
+                             "expected one of each per row, and at least one row")
+        frames = ", its frames" if self.adapter.kind == "video" else ""
+        for row, (image, dialogue) in enumerate(zip(images, turns)):
+            several = image if isinstance(image, list) else [image]
+            if not several or not dialogue or not all(isinstance(x, Image.Image) for x in several):
+                raise ValueError(
+                    f"row {row} has a {type(image).__name__} and {len(dialogue)} turns: expected a "
+                    f"PIL image, or a list of them{frames}, see Image.open(), and at least one "
+                    "(question, answer)")
+            for k, turn in enumerate(dialogue):
+                self._check_turn(f"turns[{row}][{k}]", *turn, is_last=k == len(dialogue) - 1)
+
+    def _check_turn(self, where: str, question: str, answer: str | None, is_last: bool) -> None:
+        if not question.strip():
+            raise ValueError(f"{where} has the empty question {question!r}: expected some text")
+        if not is_last if answer is None else not answer.strip():
+            raise ValueError(f"{where} has the answer {answer!r}: expected some text; only the "
+                             "last answer of a row may be None, for the model to give")
+        if self.image_token in question + (answer or ""):
+            raise ValueError(f"{where} contains {self.image_token!r}: leave it out, batch() "
+                             "places it")
+        if unknown := self.unknown_words(f"{question} {answer or ''}"):
+            vocabulary = self.tokenizer.get_vocab()
+            words = sorted(filter(str.isalpha, vocabulary), key=vocabulary.get)[:80]
+            raise ValueError(f"{where}: this checkpoint cannot read "
+                             f"{', '.join(map(repr, unknown))}; among the words it knows are: "
+                             f"{' '.join(words)}")
+
+    def _inputs(self, images: list, *text, **how) -> BatchFeature:
+        """Adapter.inputs() of the rows; image_counts (B,) if a row has several pictures."""
+        rows = [row if isinstance(row, list) else [row] for row in images]
+        rows = [[picture.convert("RGB") for picture in row] for row in rows]
+        is_video = self.adapter.kind == "video"
+        counts = [1 if is_video else len(row) for row in rows]
+        pictures = rows if is_video else sum(rows, [])
+        batch = self.adapter.inputs(self.processor, pictures, *text, **how)
+        if max(counts) > 1:
+            batch["image_counts"] = torch.tensor(counts)
+        batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
+        return batch
+
+    def pictures(self, images: list, device=None) -> BatchFeature:
+        """The pixels of batch() alone: all that encode() and pixels() need."""
+        return self._inputs(images).to(self.device if device is None else device)
+
+    def batch(self, images: list, turns: list[list[tuple[str, str | None]]], device=None,
+              ask_twice: bool = False) -> BatchFeature:
+        """The tensors that the other methods take as `batch`: a picture and a dialogue per row.
+
+        images[b]: a PIL image, or a list of images or frames, before the first question
+        turns[b]: [(question, answer), ...]; a last answer of None is for the model to give
+        device: the model's if None; a loader's worker passes "cpu", it must not touch the GPU
+        ask_twice: the first question stands before the image too, so that visual tokens see it
+
+        Returns input_ids, attention_mask and labels (B, L), left padded, and the pixels. labels is
+        -100 but for the answers and the end-of-turn mark after each. Raises ValueError on rows that
+        do not fit, empty texts, unknown words, and rows longer than the model has positions.
+        """
+        self._check_rows(images, turns)
+        is_video = self.adapter.kind == "video"
+        counts = [len(x) if isinstance(x, list) and not is_video else 1 for x in images]
+        dialogues = [self._dialogue(dialogue, ask_twice, n) for dialogue, n in zip(turns, counts)]
+        texts, spans = zip(*dialogues)
+        # a template may bring the BOS token along; a second one would shift every position
+        bos = self.tokenizer.bos_token
+        special = not (bos and texts[0].startswith(bos))
+        batch = self._inputs(images, list(texts), padding=True, add_special_tokens=special,
+                             return_tensors="pt")
+        batch["labels"] = self._labels(batch, texts, spans, special)
+        self._check_lengths(batch["attention_mask"])
+        questions = [" ".join(question for question, _ in dialogue) for dialogue in turns]
+        asked = self.tokenizer(questions, add_special_tokens=False, padding=True,
+                               padding_side="right", return_tensors="pt")
+        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
+        return batch.to(self.device if device is None else device)
+
+    def _check_lengths(self, mask: Tensor) -> None:
+        limit = self.model.config.text_config.max_position_embeddings
+        for row, n in enumerate(mask.sum(1).tolist()):
+            if n > limit:
+                raise ValueError(
+                    f"row {row} has {n} tokens, those of its image included: expected at most "
+                    f"{limit}, the language model's max_position_embeddings; shorten its turns, "
+                    "or take a smaller picture or fewer frames")
+
+    def _labels(self, batch, texts, spans, special: bool) -> Tensor:
+        """(B, L): token ids inside the answers' spans, else -100.
+
+        The text is tokenised once more, for the character offsets. There an image mark is one
+        token, in input_ids it is one per unit: but for these the two agree, which is checked.
+        """
+        ids = batch["input_ids"]
+        is_text = batch["attention_mask"].bool() & (ids != self.image_id)
+        labels = torch.full_like(ids, IGNORE)
+        tokens = self.tokenizer(list(texts), add_special_tokens=special,
+                                return_offsets_mapping=True)
+        for row in range(len(ids)):
+            pairs = [pair for pair in zip(tokens["input_ids"][row], tokens["offset_mapping"][row])
+                     if pair[0] != self.image_id]
+            column = is_text[row].nonzero().flatten()
+            if ids[row, column].tolist() != [token for token, _ in pairs]:
+                raise RuntimeError(f"row {row}: but for the image, the processor's tokens are not "
+                                   "the tokenizer's: expected a stock processor, the answers "
+                                   "cannot be located")
+            is_answer = torch.tensor([any(end > first and start < last
+                                          for first, last in spans[row])
+                                      for _, (start, end) in pairs])
+            labels[row, column[is_answer]] = ids[row, column[is_answer]]
+        return labels
+
+    def question(self, batch) -> tuple[Tensor, Tensor]:
+        """What a selector may read of the text: word embeddings (B, L, D) of each row's questions,
+        right padded, and valid (B, L) bool. No template, no answers."""
+        words = self.lm.get_input_embeddings()(batch["question_ids"])
+        return words.detach(), batch["question_mask"].bool()
+
+
+    @torch.no_grad()
+    def encode(self, batch) -> Units:
+        """Run the vision encoder once; the projector does not run."""
+        feats, grid = self.adapter.encode(batch)
+        views, slots = self.adapter.views(batch), self.adapter.slots(batch)
+        if "image_counts" in batch:
+            counts = batch["image_counts"].tolist()
+            views = [sum(part) for part in split_by(views or [1] * sum(counts), counts)]
+        shapes, has_token = None, None
+        if views is not None:
+            by_image = split_by(grid, views)
+            shapes = None if all(len(set(part)) == 1 for part in by_image) else grid
+            grid = [stacked(part) for part in by_image]
+        sizes = torch.tensor([rows * columns for rows, columns in grid])
+        image_of = torch.arange(len(grid)).repeat_interleave(sizes)
+        if slots is not None:
+            every = torch.arange(len(feats), device=feats.device)
+            has_token = torch.isin(every, slots[0].to(feats.device))
+        return Units(feats, image_of.to(feats.device), grid, views, has_token, shapes)
+
+    def _slots(self, batch) -> tuple[Tensor, Tensor]:
+        """Adapter.slots(), written out where unit i stands at the i-th image token."""
+        n = int((batch["input_ids"] == self.image_id).sum())
+        unit, line = self.adapter.slots(batch) or (torch.arange(n), torch.full((n,), -1))
+        device = batch["input_ids"].device
+        return unit.to(device), line.to(device)
+
+    def pixels(self, batch) -> list[Tensor]:
+        """(3, H, W) of each image as the encoder sees it: normalised, at the size that its units
+        cover. Several views stand one below another; several images of a row come one by one."""
+        pixels, views = self.adapter.pixels(batch), self.adapter.views(batch)
+        if views is None:
+            return pixels
+        return [torch.cat(part, 1) for part in split_by(pixels, views)]
+
+    def project(self, feats: Tensor, unit: Tensor | None = None) -> Tensor:
+        """(K, C) or (K, P, C) of the units (K,) int64, by default all M -> (K, D), the VLM's own
+        projector. Differentiable."""
+        unit = torch.arange(len(feats), device=feats.device) if unit is None else unit
+        return self.adapter.project(feats.to(self.dtype), unit)
+
+
+    def embed(self, batch, units: Units, feats: Tensor | None = None) -> Prompt:
+        """The full prompt; feats, of the same shape, replace units.feats. Differentiable."""
+        feats = units.feats if feats is None else feats
+        if feats.shape != units.feats.shape:
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of units.feats, "
+                             f"{tuple(units.feats.shape)}; Units.flat() undoes Units.pad()")
+        everything = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
+        return self._prompt(batch, units, feats, everything)
+
+    def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None,
+              positions: str = "original") -> Prompt:
+        """The prompt with the kept units only, each at its original position.
+
+        keep[b]: ascending int64 indices (K_b,) into the units of image b. A newline stays if and
+        only if a unit of its line does.
+        feats (sum of K_b, C) or (sum of K_b, P, C): stand in place of the kept units' own
+        positions="reindex" numbers what stays anew from 0, with M-RoPE on every axis alike, as the
+        released code of most methods does.
+        Raises ValueError when keep does not fit the units, or names one without a token.
+        """
+        kept = kept_mask(units, keep)
+        own = units.feats[kept]
+        if feats is not None and feats.shape != own.shape:
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of the kept "
+                             f"units' own, {tuple(own.shape)}")
+        if positions not in ("original", "reindex"):
+            raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
+        prompt = self._prompt(batch, units, own if feats is None else feats, kept)
+        if positions == "original":
+            return prompt
+        anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0)
+        return replace(prompt, pos=anew.expand_as(prompt.pos))
+
+    def _prompt(self, batch, units: Units, feats: Tensor, kept: Tensor) -> Prompt:
+        """The prompt without the units that kept (M,) bool drops; feats: a row per kept unit."""
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        is_visual = ids == self.image_id
+        unit, line = self._slots(batch)                       # (S,) of every image token
+        is_newline = unit < 0
+        has_token = torch.ones_like(kept) if units.has_token is None else units.has_token
+        if not torch.equal(unit[~is_newline].sort().values, has_token.nonzero().flatten()):
+            raise ValueError(f"{int(has_token.sum())} units for a batch with "
+                             f"{int((~is_newline).sum())}: expected those that encode() gave for "
+                             "this very batch")
+        shows_kept = ~is_newline & kept[unit]
+        stays = shows_kept | is_newline & torch.isin(line, line[shows_kept])
+
+        # feats hold the kept units in their own order, the prompt shows them in that of its slots
+        place = kept.cumsum(0) - 1
+        tokens = self.project(feats, kept.nonzero().flatten())[place[unit[shows_kept]]]
+        # detach: with activation checkpointing the embedding's output would want a gradient
+        embeds = self.lm.get_input_embeddings()(ids).detach()
+        if is_newline.any():
+            embeds = torch.where(is_visual[..., None], self.model.model.image_newline, embeds)
+        at_kept = is_visual.masked_scatter(is_visual, shows_kept)
+        embeds = embeds.masked_scatter(at_kept[..., None], tokens)
+
+        # positions are those of the full prompt; Prompt.only() takes each along with its token
+        visual_left = is_visual.masked_scatter(is_visual, stays)
+        full = Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"),
+                      visual_left)
+        return full.only(mask & (visual_left | ~is_visual))
+
+
+    def _states(self, prompt: Prompt) -> Tensor:
+        """(B, L, D), after the last layer and its norm."""
+        # Always with a mask: without one, transformers takes each gap in the positions for the
+        # start of another packed text, and silently lets nothing attend across it.
+        return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask,
+                       position_ids=prompt.pos, use_cache=False).last_hidden_state
+
+    def logits(self, prompt: Prompt) -> Tensor:
+        """(B, L, V); logits[:, i] predict token i + 1."""
+        return self.model.lm_head(self._states(prompt))
+
+    def loss(self, prompt: Prompt, reduction: str = "mean") -> Tensor:
+        """Negative log likelihood of the labels, in nats per token and at least float32.
+
+        "mean": over all answer tokens of the batch, (). "row": over those of each row, (B,).
+        Raises ValueError when there is nothing to predict, or on another reduction.
+        """
+        if reduction not in ("mean", "row"):
+            raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'row'")
+        if prompt.labels is None:
+            raise ValueError("this prompt has no labels: build its batch with answers")
+        target = prompt.labels[:, 1:]
+        count = (target != IGNORE).sum(1)
+        if not (count.sum() if reduction == "mean" else count.min()):
+            raise ValueError(f"the rows have {count.tolist()} answer tokens: expected some in each")
+        # the output layer runs at the answers only: its logits are a step's largest tensor
+        row, column = (target != IGNORE).nonzero(as_tuple=True)
+        logits = self.model.lm_head(self._states(prompt)[row, column])
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        nll = F.cross_entropy(logits, target[row, column], reduction="none")
+        if reduction == "mean":
+            return nll.mean()
+        return nll.new_zeros(len(count)).index_add(0, row, nll) / count
+
+    @torch.no_grad()
+    def generate(self, prompt: Prompt, max_new_tokens: int = 32, streamer=None) -> list[str]:
+        """Greedy continuation of every row, without special tokens and outer blanks.
+
+        The first new token stands one behind the last ORIGINAL position, whatever was pruned.
+        Sampling and penalties of the checkpoint's generation config are off. streamer: of
+        transformers; it gets nothing for the prompt, then the tokens of a single row.
+        """
+        with self.decoding():
+            tokens = self.model.generate(
+                inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
+                max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,
+                top_k=None, repetition_penalty=1.0, num_beams=1, use_cache=True,
+                pad_token_id=self.tokenizer.pad_token_id, streamer=streamer)
+        return self.texts(tokens)
+
+    @contextmanager
+    def decoding(self):
+        """Evaluation mode: in training mode, checkpointing drops the cache."""
+        training = self.lm.training
+        self.lm.eval()
+        try:
+            yield
+        finally:
+            self.lm.train(training)
+
+    def ends(self) -> Tensor:
+        """The tokens that end an answer, (n,) int64."""
+        ends = self.model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        return torch.tensor(ends, dtype=torch.int64, device=self.device)
+
+    def texts(self, tokens: Tensor) -> list[str]:
+        """(B, n) new tokens -> B texts."""
+        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
+
+    def checkpointing(self, on: bool) -> None:
+        """Recompute the language model's activations in the backward pass: less memory, the same
+        gradients. Raises ValueError for dropout, which its training mode would switch on."""
+        drops = [name for name, module in self.lm.named_modules()
+                 if getattr(module, "attention_dropout", 0)
+                 or isinstance(module, nn.Dropout) and module.p]
+        if on and drops:
+            raise ValueError(f"{drops[0]} has dropout, which checkpointing would switch on: "
+                             "expected none; set it to 0 in the checkpoint's config.json")
+        switch = f"checkpointing_{'enable' if on else 'disable'}"     # renamed within 5.x
+        new, old = f"activation_{switch}", f"gradient_{switch}"
+        getattr(self.lm, new if hasattr(self.lm, new) else old)()
+        self.lm.train(on)                                     # it acts in training mode only
+
+
+def stacked(shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """(rows, columns) of views one below another; one column where their widths differ."""
+    widths = {columns for _, columns in shapes}
+    if len(widths) == 1:
+        return sum(rows for rows, _ in shapes), shapes[0][1]
+    return sum(rows * columns for rows, columns in shapes), 1

@@ -1,0 +1,194 @@
+"""What a training step reads: pictures and dialogues, from whatever --data names, as batches."""
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch.utils.data import DataLoader, Dataset, Subset
+from transformers import BatchFeature
+
+from common import IGNORE, FrozenVLM, Units
+from data.dialogues import Dialogues, training_sizes
+from data.epochs import Epochs
+from data.feature_cache import FeatureCache
+from data.parquet import Shards, Stream
+from data.pictures import Pictures, oblong
+from data.sources import SOURCES, describe, open_source
+
+DATA = ("scenes", "folder", *SOURCES)
+
+
+@dataclass
+class Batch:
+    """Pictures, each encoded once, and the rows that ask about them.
+
+    pictures  what FrozenVLM.encode() takes
+    rows      what embed(), question() and loss() take: row r shows picture owner[r]; None where
+              no text is read
+    skipped   "where: cause" of every sample that was unreadable or of no use
+    units     the pictures' Units, where a FeatureCache has them
+    """
+    pictures: BatchFeature
+    rows: BatchFeature | None
+    owner: list[int]
+    skipped: tuple[str, ...] = ()
+    units: Units | None = None
+
+    def to(self, device) -> "Batch":
+        """The same on a device. Loader workers build batches on the CPU."""
+        pictures = self.pictures.to(device)
+        rows = None
+        if self.rows is not None:
+            rows = pictures if self.rows is self.pictures else self.rows.to(device)
+        units = self.units
+        if units is not None:
+            has_token = None if units.has_token is None else units.has_token.to(device)
+            readings = {name: x.to(device) for name, x in units.readings.items()}
+            units = replace(units, feats=units.feats.to(device), has_token=has_token,
+                            image_of=units.image_of.to(device), readings=readings)
+        return replace(self, pictures=pictures, rows=rows, units=units)
+
+    @property
+    def answers(self) -> int:
+        """Answer tokens that the language model has to predict; 0 without rows."""
+        if self.rows is None:
+            return 0
+        # nothing predicts a row's first token
+        return int((self.rows["labels"][:, 1:] != IGNORE).sum())
+
+
+class Items(Dataset):
+    """Item i is (i, picture, turns, skipped), which to_item() makes of data[i]."""
+
+    def __init__(self, data, to_item: Callable):
+        self.data = data
+        self.to_item = to_item
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return i, *self.to_item(self.data[i])
+
+
+def has_text(name: str) -> bool:
+    """Whether a data set of DATA has questions and answers, or captions, beside its pictures."""
+    return name != "folder" and not (name in SOURCES and SOURCES[name].kind == "images")
+
+
+def open_data(config, vlm: FrozenVLM, rows: str) -> Items:
+    """What config.data names.
+
+    Of the scenes without epochs, the items of a run one after the other; else all that there is,
+    to go through in epochs.
+    config: train.TrainConfig
+    rows: runs.Selector.rows
+    Raises ValueError or OSError where the data are not there, of no use, or without the text that
+    the rows need.
+    """
+    if rows != "picture" and not has_text(config.data):
+        raise ValueError(f"data={config.data!r} has pictures and no text: expected data with "
+                         "questions, or a method that reads pictures alone")
+    if config.data == "folder":
+        return Items(Pictures(config.images, oblong), lambda item: (item[0], [], item[1]))
+    if config.data == "scenes":
+        count = config.n_pictures if config.epochs else config.steps * config.batch
+        questions = 1 if config.epochs else config.questions
+        scenes = Dialogues(0, count, config.seed, questions, training_sizes(vlm.family))
+        # the caption comes first: a text to learn from, but nobody's question
+        first = 0 if rows == "dialogue" else 1
+        return Items(scenes, lambda item: (item[0], item[1][first:], []))
+    data = open_source(config.data, config.path, config.split, config.prompt, config.images, oblong)
+    print(describe(data))
+    return Items(data, lambda item: (item[0], item[1][:config.questions], item[2]))
+
+
+# ------------------------------------------------------------------------------------ batches
+
+
+def collate(vlm: FrozenVLM, rows: str, cache: FeatureCache | None = None) -> Callable:
+    """A function: items -> Batch, on the CPU.
+
+    "dialogue": a row per picture, with all its turns. "question": a row per question. "picture": no
+    rows. "question twice": a row per picture with its first question, unanswered, which stands
+    before the image too.
+    """
+    def build(items) -> Batch:
+        numbers, images, turns, skipped = map(list, zip(*items))
+        owner = list(range(len(items)))
+        batch = None
+        if rows == "dialogue":
+            pictures = batch = vlm.batch(images, turns, "cpu")
+        elif rows == "question":
+            owner = [b for b, dialogue in enumerate(turns) for _ in dialogue]
+            questions = [[turn] for dialogue in turns for turn in dialogue]
+            batch = vlm.batch([images[b] for b in owner], questions, "cpu")
+            pictures = vlm.pictures(images, "cpu")
+            batch.pop("pixel_values")                 # one copy per picture, not per question
+        elif rows == "question twice":
+            questions = [[(dialogue[0][0], None)] for dialogue in turns]
+            pictures = batch = vlm.batch(images, questions, "cpu", ask_twice=True)
+        else:
+            pictures = vlm.pictures(images, "cpu")
+        names = tuple(name for each in skipped for name in each)
+        return Batch(pictures, batch, owner, names, cache.units(numbers) if cache else None)
+    return build
+
+
+def batches(config, vlm: FrozenVLM, data: Items, rows: str, first_step: int, rank: int,
+            processes: int, cache: FeatureCache | None = None) -> DataLoader:
+    """The batches of a process from step `first_step` to the end, of config.micro pictures each.
+
+    Item i of a run follows from (seed, i) alone: a resumed run sees what an unbroken one would
+    have seen, and so do several processes together.
+    """
+    total = config.steps * config.batch
+    if isinstance(data.data, Shards):
+        # a stream shuffles itself, block by block
+        data = Items(Stream(data.data, 0, total, config.seed), data.to_item)
+    elif config.data != "scenes" or config.epochs:
+        data = Epochs(data, 0, total, config.seed)
+    order = items_of(config, first_step, rank, processes)
+    return loader(config, data, collate(vlm, rows, cache), config.micro, order)
+
+
+def items_of(config, first_step: int, rank: int, processes: int) -> list[int]:
+    """The items of the remaining steps that a process takes: of each step an equal share, in one
+    piece."""
+    share = config.batch // processes
+    return [step * config.batch + rank * share + i
+            for step in range(first_step, config.steps) for i in range(share)]
+
+
+def loader(config, data: Dataset, build: Callable, size: int,
+           order: list[int] | None = None) -> DataLoader:
+    """build(items) of `size` items each, in order, made ahead in config.workers processes."""
+    workers = config.workers
+    if isinstance(data, Items) and isinstance(data.data, Stream):
+        workers = min(workers, 1)                     # each would read every block
+    # a worker is forked: the VLM goes into it as it is, which other ways to start one cannot do
+    if "fork" not in multiprocessing.get_all_start_methods():
+        workers = 0
+    return DataLoader(data, size, sampler=order, num_workers=workers, collate_fn=build,
+                      prefetch_factor=4 if workers else None,
+                      multiprocessing_context="fork" if workers else None)
+
+
+def cached(config, vlm: FrozenVLM, data: Items) -> FeatureCache:
+    """The features of all pictures, in the folder config.cache_features; missing ones are made.
+
+    Raises ValueError for what is streamed: its pictures have no numbers.
+    """
+    if isinstance(data.data, Shards):
+        raise ValueError(f"data={config.data!r} is streamed: expected --path of a local copy "
+                         "beside --cache_features")
+    source = config.images or config.path
+    if config.data == "scenes":
+        source = f"scenes of seed {config.seed}"
+    key = {"fingerprint": vlm.fingerprint(), "dtype": config.dtype, "pictures": len(data),
+           "source": source}
+    cache = FeatureCache(config.cache_features, key, vlm.dtype)
+    missing = Subset(data, range(len(cache), len(data)))
+    cache.fill(len(data), loader(config, missing, collate(vlm, "picture"), config.batch),
+               lambda batch: vlm.encode(batch.to(vlm.device).pictures))
+    return cache

@@ -1,0 +1,261 @@
+"""What the kept tokens hold of the rest of a picture, and how still the mask stands.
+
+    python -m measure.rebuild --run runs/recon_s0 runs/recon_s1 runs/recon_s2
+
+For the reconstruction selector, on pictures of the tiny world. Writes
+
+    rebuild.md     errors of features and pixels, rebuilt from the chosen tokens and from as many
+                   random ones, at the shares of the paper's Table 1; no language model is asked
+    stability.md   the paper's B.5: the masks of a picture and of the same one cropped by up to 5 %
+                   of each side, or 0.8 to 1.2 times as bright; and what the VLM still answers
+    rebuilt.png    six pictures, what is kept of them, and what is rebuilt from it
+
+Of several runs (seeds): mean and standard deviation, and the pictures of the first.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from tqdm import tqdm
+
+import runs
+from baselines import random_tokens
+from benchmarks import answering, tiny_world
+from benchmarks.plots import draw_rebuilt
+from benchmarks.scores import VANILLA, retention
+from benchmarks.tables import cell, markdown
+from common import FrozenVLM, kept_mask
+from data.dialogues import SIZES
+from recon_selector import ReconSelector
+from tiny.scenes import FAMILIES
+
+DISTORTIONS = ("none", "crop", "brightness")
+SHARES = (0.5, 0.4, 0.222, 0.111, 0.056)              # of the tokens kept, the paper's Table 1
+DRAWN = (0.5, 0.222, 0.056)
+
+
+# ------------------------------------------------------------------------------------ rebuilding
+
+
+@torch.no_grad()
+def rebuild_error(selector, vlm, images: list, choose: Callable, batch: int = 32
+                  ) -> tuple[float, float]:
+    """Mean over pictures of |F_rec - F| and |I_rec - I|, where choose(units) -> keep says which
+    tokens are there."""
+    errors = []
+    for start in range(0, len(images), batch):
+        pictures = vlm.pictures(images[start:start + batch])
+        units = vlm.encode(pictures)
+        kept = kept_mask(units, choose(units))
+        crops = units.apart()
+        v, valid = crops.pad()
+        x = selector.standardised(v, valid)
+        mask = crops.pad(kept.float())[0]
+        pixels = vlm.adapter.pixels(pictures)
+        errors.append(torch.stack(selector.errors(x, mask, pixels, crops.grid)))
+    feature, image = torch.cat(errors, 1).mean(1).tolist()
+    return feature, image
+
+
+def rebuild_table(selectors: list, vlm, images: list) -> str:
+    """A row per share of tokens: errors from the chosen ones and from random ones."""
+    tokens = sum(vlm.encode(vlm.pictures(images[:1])).counts)
+    rows = []
+    for share in tqdm(SHARES, "rebuild"):
+        k = round(share * tokens)
+        chosen, blind = [], []
+        for selector in selectors:
+            def own(units, selector=selector, k=k):
+                return selector.select(units, None, k)
+
+            def random(units, k=k):
+                return random_tokens.select(units, k)
+            chosen.append(rebuild_error(selector, vlm, images, own))
+            blind.append(rebuild_error(selector, vlm, images, random))
+        cells = [cell(x, 1) for term in (0, 1)
+                 for x in ([error[term] for error in chosen], [error[term] for error in blind])]
+        rows.append([str(k), *cells])
+    return markdown(["K", "features: chosen", "random", "picture: chosen", "random"], rows)
+
+
+@torch.no_grad()
+def rebuilt_pictures(selector, vlm, images: list, shares=DRAWN) -> dict[str, list[Tensor]]:
+    """Title -> per picture (3, H, W) in [0, 1]: what a share of the tokens shows, and what is
+    rebuilt from it."""
+    pictures = vlm.pictures(images)
+    units, pixels = vlm.encode(pictures), vlm.pixels(pictures)
+    v, valid = units.pad()
+    x = selector.standardised(v, valid)
+    processor = vlm.processor.image_processor
+    mean = torch.tensor(processor.image_mean, device=v.device)[:, None, None]
+    std = torch.tensor(processor.image_std, device=v.device)[:, None, None]
+    rows = {}
+    for share in shares:
+        kept, rebuilt = [], []
+        for b, (grid, picture) in enumerate(zip(units.grid, pixels)):
+            n = grid[0] * grid[1]
+            mask = torch.zeros(1, n, device=v.device)
+            keep = selector.best(v[b:b + 1, :n], valid[b:b + 1, :n], round(share * n))[0]
+            mask[0, keep] = 1
+            size = picture.shape[1:]
+            covered = F.interpolate(mask.view(1, 1, *grid), size)[0]
+            kept.append((picture.float() * std + mean) * covered + 0.85 * (1 - covered))
+            again = selector.rebuild(x[b:b + 1, :n], mask, grid, size)[1][0]
+            rebuilt.append(again.float() * std + mean)
+        rows |= {f"{share:.1%} of the tokens": kept, f"rebuilt from {share:.1%}": rebuilt}
+    return rows
+
+
+# ------------------------------------------------------------------------------------ stability
+
+
+def distort(image: Image.Image, how: str, seed: int
+            ) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """(picture of the same size, box of the original that it shows). Raises ValueError for another
+    distortion.
+
+    crop: up to 5 % off each side | brightness: times 0.8 to 1.2
+    """
+    rng = np.random.default_rng([seed, 17])
+    w, h = image.size
+    box = (0, 0, w, h)
+    if how == "crop":
+        left, right, top, bottom = rng.uniform(0, 0.05, 4)
+        box = (round(left * w), round(top * h), w - round(right * w), h - round(bottom * h))
+        image = image.resize((w, h), Image.BICUBIC, box)
+    elif how == "brightness":
+        image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.8, 1.2))
+    elif how != "none":
+        raise ValueError(f"distortion {how!r} is none of {DISTORTIONS}")
+    return image, box
+
+
+def overlap(keep: Tensor, other: Tensor, grid: tuple[int, int], size: tuple[int, int], box
+            ) -> float:
+    """Intersection over union, in pixels, of what `keep` covers of a picture (width, height) inside
+    `box`, and what `other`, chosen in the distorted picture that shows this box, covers of it."""
+    maps = []
+    for index in (keep, other):
+        mask = torch.zeros(grid[0] * grid[1])
+        mask[index.cpu()] = 1
+        maps.append(F.interpolate(mask.view(1, 1, *grid), (size[1], size[0]))[0, 0])
+    left, top, right, bottom = box
+    inside = maps[0][None, None, top:bottom, left:right]
+    inside = F.interpolate(inside, (size[1], size[0]))[0, 0]
+    return ((inside * maps[1]).sum() / (inside + maps[1]).clamp(max=1).sum()).item()
+
+
+@torch.no_grad()
+def stability(vlm, selectors: list, images: list, budgets: list, how: str) -> dict:
+    """K -> (per selector the mean overlap() of its masks of each picture and of its distorted
+    version; and what it would be, had the mask stayed where it was while the picture moved)."""
+    distorted, boxes = zip(*(distort(image, how, b) for b, image in enumerate(images)))
+    plain = vlm.encode(vlm.pictures(images))
+    moved = vlm.encode(vlm.pictures(list(distorted)))
+    overlaps = {k: ([], []) for k in budgets}
+    for selector in selectors:
+        for k in budgets:
+            before = selector.select(plain, None, k)
+            after = selector.select(moved, None, k)
+            for values, others in zip(overlaps[k], (after, before)):
+                pairs = zip(before, others, plain.grid, images, boxes)
+                values.append(float(np.mean([overlap(keep, other, grid, image.size, box)
+                                             for keep, other, grid, image, box in pairs])))
+    return overlaps
+
+
+def retentions(vlm, selectors: list, scenes: list, budgets: list, batch: int = 32) -> dict:
+    """{(number of the selector, K): mean over the families of questions of the accuracy with the
+    kept tokens, relative to that with all of them} on all questions about the scenes."""
+    questions = [tiny_world.question_of(scene, number, question) for scene in scenes
+                 for number, question in enumerate(scene.questions)]
+    ways = {VANILLA: None}
+    for number, selector in enumerate(selectors):
+        way = selector.ways([], budgets, None)[""]
+        ways |= {(number, k): way for k in budgets}
+    rows = {key: [] for key in ways}
+    for part in tqdm(answering.batches(questions, batch), "answer"):
+        for key, answers in answering.answer_batch(vlm, part, ways).items():
+            if isinstance(answers, answering.Impossible):
+                raise answers
+            rows[key] += answers
+    scores = {}
+    for key, answers in rows.items():
+        score = tiny_world.score(answers)
+        scores[key] = {family: score[family] for family in FAMILIES if family in score}
+    full = scores.pop(VANILLA)
+    return {key: retention(families, full)[0] / 100 for key, families in scores.items()}
+
+
+def stability_table(vlm, selectors: list, scenes: list, budgets: list) -> str:
+    rows = []
+    images = [scene.image for scene in scenes]
+    for how in DISTORTIONS:
+        overlaps = stability(vlm, selectors, images, budgets, how)
+        moved = [replace(scene, image=distort(scene.image, how, b)[0])
+                 for b, scene in enumerate(scenes)]
+        retained = retentions(vlm, selectors, moved, budgets)
+        for k in budgets:
+            columns = [*overlaps[k], [retained[number, k] for number in range(len(selectors))]]
+            rows.append([how, str(k), *map(cell, columns)])
+    return markdown(["distortion", "K", "overlap of the masks", "of a mask that does not move",
+                     "retention"], rows)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+def load(folders: list[str], dtype: torch.dtype, device: str) -> tuple[FrozenVLM, list]:
+    """The runs' VLM and selectors. Raises ValueError for what does not rebuild a picture."""
+    about = runs.read_selector(folders[0])[1]
+    vlm = FrozenVLM.from_pretrained(about["training"]["model"], dtype, device)
+    selectors = []
+    for folder in folders:
+        selector = runs.load_selector(folder, vlm)[0]
+        if not isinstance(selector, ReconSelector) or selector.reads_language:
+            raise ValueError(f"{folder} does not rebuild what the vision encoder says: expected "
+                             "runs of the method recon without --select_after_layer")
+        selectors.append(selector)
+    return vlm, selectors
+
+
+def main(args: list[str]) -> None:
+    parser = runs.Parser([], description=__doc__, allow_abbrev=False)
+    parser.add_argument("--run", nargs="+", required=True,
+                        help="run folders, selectors' folders or hub ids")
+    parser.add_argument("--n_pictures", type=int, default=100, help="pictures of the test split")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[48, 32, 16],
+                        help="K of stability.md, kept tokens")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+                        help="of the frozen VLM")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=None,
+                        help="folder of tables and picture; without it: that of the first run")
+    options = parser.parse_args(args)
+    vlm, selectors = load(options.run, getattr(torch, options.dtype), options.device)
+    # a scene has at least one question
+    scenes = tiny_world.load_rows(7 * options.n_pictures, "test", SIZES[vlm.family])
+    scenes = scenes[:options.n_pictures]
+    images = [scene.image for scene in scenes]
+    views = vlm.encode(vlm.pictures(images[:1])).views
+    if views and max(views) > 1:
+        raise ValueError(f"a picture reaches the encoder of {vlm.family} as {max(views)} views: "
+                         "expected a family that sees it whole, or masks cannot be compared")
+    out = options.out or Path(options.run[0])
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("rebuild", rebuild_table(selectors, vlm, images)),
+                       ("stability", stability_table(vlm, selectors, scenes, options.budgets))):
+        print(f"\n{text}")
+        runs.write_text(out / f"{name}.md", text + "\n")
+    draw_rebuilt(images[:6], rebuilt_pictures(selectors[0], vlm, images[:6]), out / "rebuilt.png")
+
+
+if __name__ == "__main__":
+    runs.command(main)

@@ -1,0 +1,355 @@
+"""What a method is, and the folder that a run of it leaves.
+
+A method is one file beside this one, found by its name or the beginning of it: `--method stepprune`
+is stepprune.py, `--method recon` recon_selector.py. The file has
+
+    Config         a dataclass with every option of the method, each marked [paper] or [ours];
+                   sizes that follow from the frozen VLM are fields of its base class, with of(vlm)
+    TINY, LARGE    what it trains with unless told otherwise, on a tiny and on a large encoder:
+                   options of train.py and of Config
+    Method         a Selector, built as Method(config)
+
+A run folder has config.json, log.jsonl, checkpoints/ and, when it is finished, selector/, which is
+what evaluate.py reads and what is shared: safetensors, config.json and a model card.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import HfArgumentParser
+
+ROOT = Path(__file__).resolve().parent
+PARTS = ("Config", "TINY", "LARGE", "Method")
+LARGE_WIDTH = 512                     # an encoder of this width or more trains with LARGE [ours]
+
+
+# ------------------------------------------------------------------------------------ a method
+
+
+@dataclass
+class Way:
+    """One way to answer questions with a selection, of a method or of a baseline.
+
+    select(asked, K) -> keep, one row per question, or (keep, feats that stand in their place)
+        asked has units and question: of every question, or of every picture if one choice serves
+        all questions about it
+    reads_question  whether every question has a choice of its own
+    adaptive        K is a mean over questions; else it is at most a picture's tokens, and below 1
+                    a share of them
+    budgets         its own K in place of those asked for
+    gate(asked, K) -> feats (M, ...) of all units, drowned instead of removed
+    stages(K, tokens of each row) -> {layer: rule}, inside the language model (baselines/inside.py)
+    ask_twice       the question stands before the image too
+    needs           what baselines/encoder.py must read off the encoder for it
+    """
+    select: Callable | None = None
+    reads_question: bool = False
+    adaptive: bool = False
+    budgets: tuple | None = None
+    gate: Callable | None = None
+    stages: Callable | None = None
+    ask_twice: bool = False
+    needs: dict = field(default_factory=dict)
+
+
+class Selector(nn.Module, PyTorchModelHubMixin, ABC):
+    """What train.py and evaluate.py call. A method overrides loss() and select(), and what differs.
+
+    rows            what a training row is: "dialogue", a picture with all its turns; "question",
+                    a picture with one of them; "picture", no text; "question twice", which stands
+                    before the image too
+    reads_question  whether select() reads the question
+    reads_language  whether its weights depend on the language model, not on the encoder alone
+    further_ways    names that ways() knows beside its own
+    weight_decay    of AdamW
+    """
+    rows = "dialogue"
+    reads_question = False
+    reads_language = True
+    further_ways: tuple[str, ...] = ()
+    weight_decay = 0.01
+
+    def begin(self, vlm, first_batch: Callable) -> None:
+        """Called once, before the first step of a new run. first_batch(n) -> its first pictures."""
+
+    @torch.no_grad()
+    def read(self, vlm, batch):
+        """The Units that loss() reads of a batch, a row per question. All before it is frozen."""
+        return (batch.units or vlm.encode(batch.pictures)).rows(batch.owner)
+
+    def observe(self, vlm, parts: list, step) -> None:
+        """Sees all (batch, units) of a step on this process before the first loss: statistics."""
+
+    @abstractmethod
+    def loss(self, vlm, batch, units, step) -> tuple[Tensor, dict]:
+        """This part's share of the step's loss, and numbers to log.
+
+        step: number, total, answers and rows of the whole step over all processes,
+        generators(owner), autocast(), mean(x) and sum(x) over processes; see train.Step.
+        """
+
+    @abstractmethod
+    def select(self, units, question, keep) -> list[Tensor]:
+        """B ascending int64 tensors of `keep` unit indices, a number or one per row.
+
+        question: embeddings (B, L, D) and valid (B, L), or None where reads_question is False.
+        """
+
+    def scores(self, units, question) -> Tensor | None:
+        """(M,) what select() goes by, to be drawn; None if there is no such number."""
+        return None
+
+    def ways(self, names: list[str], budgets: list, calibration: Callable) -> dict[str, Way]:
+        """How it is evaluated: what stands behind its name in the table -> Way.
+
+        names: of further_ways; calibration() -> (units, question) in batches, on which an adaptive
+        method finds what keeps K on average.
+        """
+        check_ways(names, self.further_ways)
+        return {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
+                        self.reads_question)}
+
+    @staticmethod
+    def learning_rate(peak: float, number: int, total: int) -> float:
+        """At a step: 50 steps of warm-up, then a cosine to 0 [ours]."""
+        return peak * min(1.0, (number + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * number / total))
+
+
+def check_ways(names: list[str], known: tuple[str, ...]) -> None:
+    if unknown := sorted({*names} - {*known}):
+        raise ValueError(f"ways={unknown}: this method has "
+                         f"{', '.join(known) or 'none beside its own'}")
+
+
+def method_names() -> list[str]:
+    """The methods that lie beside this file."""
+    return [path.stem for path in sorted(ROOT.glob("*.py"))
+            if "\nclass Config" in path.read_text(encoding="utf-8")
+            and "\nMethod = " in path.read_text(encoding="utf-8")]
+
+
+def load_method(name: str):
+    """The module of a method. Raises ValueError naming what a file lacks, or what there is."""
+    known = [stem for stem in method_names() if stem.startswith(name)]
+    stem = name if name in known or len(known) != 1 else known[0]
+    if not stem.isidentifier() or importlib.util.find_spec(stem) is None:
+        raise ValueError(f"method={name!r}: expected one of {', '.join(method_names())}, or a file "
+                         f"{name}.py where Python finds it")
+    module = importlib.import_module(stem)
+    lacking = [part for part in PARTS if not hasattr(module, part)]
+    lacking += [f"{part}()" for part in sorted(getattr(
+        getattr(module, "Method", None), "__abstractmethods__", ()))]
+    if lacking:
+        raise ValueError(f"{stem}.py is no method, it lacks {', '.join(lacking)}: expected "
+                         f"{', '.join(PARTS)}, and loss() and select() of its Method; see runs.py")
+    return module
+
+
+def preset(module, encoder_width: int) -> dict:
+    """What a method trains with unless told otherwise."""
+    return module.LARGE if encoder_width >= LARGE_WIDTH else module.TINY
+
+
+def options_class(config_class: type) -> type:
+    """A dataclass of the method's own options, without the sizes that its base class holds."""
+    own = inspect.get_annotations(config_class)
+    return make_dataclass("Options", [
+        (f.name, f.type, field(default=f.default, default_factory=f.default_factory,
+                               metadata=f.metadata))
+        for f in fields(config_class) if f.name in own])
+
+
+# ------------------------------------------------------------------------------------ commands
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default of every option."""
+
+
+class Parser(HfArgumentParser):
+    """Says in one line what is wrong, without the whole usage."""
+
+    def __init__(self, dataclasses, **how):
+        super().__init__(dataclasses, formatter_class=HelpFormatter, **how)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
+
+
+def command(main: Callable) -> None:
+    """main(args) as a command: a mistake ends in one line and exit code 2, with --traceback in the
+    whole story."""
+    args = [arg for arg in sys.argv[1:] if arg != "--traceback"]
+    try:
+        main(args)
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
+        if len(args) < len(sys.argv) - 1:
+            raise
+        line = " ".join(str(error).split())
+        print(f"{Path(sys.argv[0]).name}: {line} (--traceback shows where)", file=sys.stderr)
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def write_whole(path: Path, write: Callable) -> None:
+    """write(temporary path), then rename: a kill leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_whole(Path(path), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def describe(config, selector, vlm, free: tuple) -> dict:
+    """config.json of a run and of its selector. free: options that do not change the result."""
+    training = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
+    return {"method": config.method, "cfg": asdict(selector.cfg), "backbone": vlm.fingerprint(),
+            "training": training}
+
+
+def differences(there: dict, here: dict) -> str:
+    """What two dicts say differently, of the keys of `here`."""
+    return "; ".join(f"{key}: {there.get(key)!r} there, {value!r} here"
+                     for key, value in here.items() if there.get(key) != value)
+
+
+def open_run(run: Path, about: dict, overwrite: bool, is_main: bool = True) -> None:
+    """Make the run folder, or check that the one there is of the same run. Raises ValueError
+    naming what differs."""
+    path = run / "config.json"
+    if path.exists() and not (overwrite and is_main):
+        there = json.loads(path.read_text())
+        found = [differences(there.get(part, {}), about[part])
+                 for part in ("training", "cfg", "backbone")]
+        if differ := "; ".join(filter(None, found)):
+            raise ValueError(f"{run} holds another run ({differ}): choose another folder with "
+                             "--run, or begin anew there with --overwrite True")
+    elif is_main:
+        for old in ("checkpoints", "selector", "predictions"):
+            shutil.rmtree(run / old, ignore_errors=True)
+        (run / "log.jsonl").unlink(missing_ok=True)
+        write_text(path, json.dumps(about, indent=1))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Those of a run, the newest last."""
+    return sorted((run / "checkpoints").glob("*.pt"))
+
+
+def save_checkpoint(run: Path, step: int, selector, optimiser, keep: int = 2) -> None:
+    """All that a resumed run needs: data, noise and rate follow from (seed, step)."""
+    state = {"step": step, "selector": selector.state_dict(), "optim": optimiser.state_dict()}
+    write_whole(run / f"checkpoints/{step:07d}.pt", lambda path: torch.save(state, path))
+    for old in checkpoints(run)[:-keep]:
+        old.unlink()
+
+
+def resume(run: Path, selector, optimiser, device) -> int:
+    """Load the newest checkpoint -> steps that are done, 0 without one."""
+    if not checkpoints(run):
+        return 0
+    state = torch.load(checkpoints(run)[-1], weights_only=True, map_location=device)
+    selector.load_state_dict(state["selector"])
+    optimiser.load_state_dict(state["optim"])
+    return state["step"]
+
+
+# ------------------------------------------------------------------------------------ selectors
+
+CARD = """---
+library_name: pytorch
+tags: [whichtokens, visual-token-pruning, {method}]
+---
+# {method} for {model}
+
+Says which visual tokens of a frozen vision-language model reach its language model. Trained by
+WhichTokens, for the backbone below and none of another shape:
+
+    {backbone}
+
+Trained with
+
+    {training}
+
+Use: `python evaluate.py --run FOLDER`, or `{selector}.from_pretrained(FOLDER)`, where FOLDER may be
+the name of this repository on the hub.
+
+## Figures
+Of the tiny world, unless the table says otherwise: the mechanism, not the papers' numbers.
+
+<!-- table: ../summary.md -->
+not evaluated yet
+<!-- end -->
+"""
+
+
+def save_selector(run: Path, selector, about: dict) -> None:
+    """run/selector: weights, config.json and model card; whole or not at all."""
+    def listed(part: dict) -> str:
+        return "\n    ".join(f"{key}: {value}" for key, value in part.items())
+
+    def write(folder: Path):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "README.md").write_text(CARD.format(
+            method=about["method"], model=about["training"]["model"],
+            selector=type(selector).__name__, backbone=listed(about["backbone"]),
+            training=listed(about["training"] | about["cfg"])))
+        selector.save_pretrained(folder, config=about)
+        shutil.rmtree(run / "selector", ignore_errors=True)
+    write_whole(run / "selector", write)
+
+
+def read_selector(run: str | Path) -> tuple[Path, dict]:
+    """(folder, config.json) of a run's selector, a selector's folder, or one on the hub."""
+    for folder in (Path(run) / "selector", Path(run)):
+        if (folder / "model.safetensors").exists():
+            return folder, json.loads((folder / "config.json").read_text())
+    if Path(run).exists():
+        raise FileNotFoundError(f"{run} holds no finished run (selector/model.safetensors is "
+                                f"missing): train it first, python train.py --run {run}")
+    try:
+        wanted = ["config.json", "model.safetensors"]
+        folder = Path(snapshot_download(str(run), allow_patterns=wanted))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{run} is no folder here, and the hub gave no such selector "
+                                f"({type(error).__name__}): expected a run, or user/selector"
+                                ) from error
+    return folder, json.loads((folder / "config.json").read_text())
+
+
+def load_selector(run: str | Path, vlm) -> tuple[Selector, dict]:
+    """A trained selector in evaluation mode, and its config.json.
+
+    Raises ValueError naming what differs if it was trained for another backbone.
+    """
+    folder, about = read_selector(run)
+    selector = load_method(about["method"]).Method.from_pretrained(folder, strict=True)
+    here = vlm.fingerprint()
+    if not selector.reads_language:
+        here = {key: value for key, value in here.items()
+                if key.startswith("vision_") or key == "feature_layer"}
+    if differ := differences(about["backbone"], here):
+        raise ValueError(f"{run} was trained for another backbone ({differ}): pass --model "
+                         f"{about['training']['model']}")
+    return selector.to(vlm.device).eval(), about

@@ -1,0 +1,276 @@
+"""Questions asked in batches: the same answers as one by one, whatever is cut off or left out."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from prediction_rows import files_for, question, timeless
+from tiny_models import llava
+
+import baselines
+from baselines import fastv
+from benchmarks import answering, predictions, protocol, tiny_world
+from benchmarks.answering import Impossible, by_budget
+from benchmarks.costs import Clock, per_layer, prefill_flops
+from benchmarks.questions import Question, picture, sample
+from common import FrozenVLM, blank_model
+from measure import flops
+from runs import Way
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FrozenVLM.from_pretrained("tiny/llava", torch.float32)
+
+
+def test_two_processes_share_a_run_and_one_continues_it(tiny, tmp_path):
+    questions, turns = (
+        sample(tiny_world.load(n=20), 18),
+        {("vanilla", 0): None, ("random", 48): baselines.way("random", tiny)},
+    )
+    alone = files_for(tmp_path / "one", questions, turns)
+    answering.run(tiny, questions, turns, alone, batch=4)
+    for process in (0, 1):
+        part = files_for(tmp_path / "two", questions, turns, process=process, processes=2)
+        answering.run(tiny, questions, turns, part, 4, process=process, processes=2)
+    first = files_for(tmp_path / "cut", questions, turns, process=0, processes=2)
+    answering.run(tiny, questions, turns, first, 4, process=0, processes=2)
+    rest = files_for(tmp_path / "cut", questions, turns)  # the second process never came
+    assert len(rest["random", 48].done) == 4 + 4 + 2
+    answering.run(tiny, questions, turns, rest, 4)
+    for turn in turns:
+        header, rows = predictions.read(alone[turn].path)
+        assert len(rows) == 18 and [x["number"] for x in rows] == [*range(18)]
+        for folder, parts in (("two", 2), ("cut", 2)):
+            path = tmp_path / folder / alone[turn].path.name
+            assert len(predictions.parts(path)) == parts
+            assert predictions.read(path)[0] == header and timeless(
+                predictions.read(path)[1]
+            ) == timeless(rows)
+
+
+def mixed(n=6):
+    """Questions about pictures of several sizes, two to one picture, for a model that takes them as
+    they are."""
+    images = [
+        Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size, 3), np.uint8))
+        for i, size in enumerate([(24, 24), (24, 48), (40, 24)])
+    ]
+    prompts = ["what colour is the shape ?", "how many are there ?"]
+    return [
+        Question(str(i), lambda i=i: [images[i // 2 % 3]], prompts[i % 2], {}, 5) for i in range(n)
+    ]
+
+
+def ways_of(vlm):
+    def first(states, valid, k):
+        return [v.nonzero().flatten()[:k] for v in valid.cpu()]
+
+    random = baselines.way("random", vlm, seed=3)
+    return {
+        ("vanilla", 0): None,
+        ("random", 0.4): random,
+        ("random", 15): random,
+        ("first", 0.4): Way(lambda asked, k: [torch.arange(k)] * len(asked.units.grid)),
+        ("own first", 0.4): Way(lambda asked, k: [torch.arange(k)] * len(asked.units.grid), True),
+        ("drowned", 0.4): Way(gate=lambda asked, k: asked.units.feats * k),
+        ("fastv", 0.3): Way(stages=lambda k, tokens: fastv.stages(k, tokens, 3, (1,))),
+        ("inside", 0.3): Way(
+            ask_twice=True,
+            stages=lambda k, tokens: {1: lambda view: first(view.states, view.valid, k)},
+        ),
+        ("asked twice", "all"): Way(ask_twice=True, stages=lambda k, tokens: {}),
+        ("twice before", 0.4): Way(
+            lambda asked, k: [torch.arange(k)] * len(asked.units.grid), ask_twice=True
+        ),
+    }
+
+
+def test_batched_answers_are_those_of_one_by_one(vlm, family):
+    questions, turns = mixed(), ways_of(vlm)
+    together = answering.answer_batch(vlm, [*enumerate(questions)], turns)
+    alone = [
+        answering.answer_batch(vlm, [(i, question)], turns) for i, question in enumerate(questions)
+    ]
+    for turn, rows in together.items():
+        own = [x for each in alone for x in timeless(each[turn])]
+        assert timeless(rows) == own, turn
+    if family == "qwen":
+        assert len({x["kept"] for x in together["random", 0.4]}) > 1  # different K in one batch
+    # what serves all questions of a picture serves each, and what asks twice asks otherwise
+    kept, own = (timeless(together[name, 0.4]) for name in ("first", "own first"))
+    assert kept == own
+    assert [x["flops"] for x in together["twice before", 0.4]] > [x["flops"] for x in kept]
+
+
+def test_a_picture_is_encoded_once_for_all_its_questions(tiny):
+    clock = Clock("cpu")
+    asked = answering.ask(tiny, tiny_world.load(n=12)[:9], clock=clock)
+    pictures = asked.pictures
+    assert len(pictures.units.grid) == clock.items["vision"] == len(set(asked.names)) < 9
+    assert len(asked.owner) == len(asked.names) == len(asked.units.grid) == 9
+    assert [asked.names[q] for q in range(9)] == [pictures.names[b] for b in asked.owner]
+    assert list(asked.inputs) == [False] and len(asked.batch["input_ids"]) == 9
+    assert pictures.question is None and len(asked.question[0]) == 9
+
+
+def test_random_tokens_depend_on_picture_and_seed(tiny):
+    asked = answering.ask(tiny, tiny_world.load(n=12))
+    kept = set()
+    for seed in (0, 1):
+        keep, _ = answering.choose(baselines.way("random", tiny, seed=seed), asked, 16)
+        kept |= {(b, seed, tuple(index.tolist())) for b, index in zip(asked.owner, keep)}
+    assert len({index for *_, index in kept}) == len(kept) == 2 * len(asked.pictures.names) > 2
+
+
+def test_k_is_a_share_at_most_all_or_left_alone():
+    assert by_budget(0.5, [9, 10, 10]) == {4: [0], 5: [1, 2]} and by_budget(0.01, [9]) == {1: [0]}
+    assert by_budget(16, [9, 20]) == {9: [0], 16: [1]}
+    assert by_budget("mask", [9, 20]) == {"mask": [0, 1]}
+
+
+def test_an_impossible_budget_leaves_its_turn_out_and_the_others_in(tiny, tmp_path, capsys):
+    def refusing(asked, k):
+        raise ValueError("no such pictures")
+
+    questions = sample(tiny_world.load(n=8), 6)
+    turns = {
+        ("pdrop", 4): baselines.way("pdrop", tiny),
+        ("random", 4): baselines.way("random", tiny),
+        ("refusing", 4): Way(refusing),
+    }
+    files = files_for(tmp_path, questions, turns)
+    answering.run(tiny, questions, turns, files, 3)
+    printed = capsys.readouterr().out
+    assert "pdrop 4: left out, keep=4" in printed
+    assert printed.count("refusing 4: left out, no such pictures") == 1
+    assert not files["pdrop", 4].done and len(files["random", 4].done) == 6
+    assert isinstance(
+        answering.answer_batch(tiny, [(0, questions[0])], turns)["pdrop", 4], Impossible
+    )
+
+
+def test_square_puts_the_picture_in_the_middle_of_clips_mean(tiny):
+    image = Image.new("RGB", (3, 1), "red")
+    padded = np.asarray(protocol.square(image, (1, 2, 3)))
+    assert (
+        padded.shape == (3, 3, 3)
+        and (padded[1] == (255, 0, 0)).all()
+        and (padded[[0, 2]] == (1, 2, 3)).all()
+    )
+    assert (
+        np.asarray(protocol.square(Image.new("RGB", (1, 4)), (9, 9, 9)))[:, :, 0].tolist()
+        == [[9, 0, 9, 9]] * 4
+    )
+    mean = SimpleNamespace(
+        processor=SimpleNamespace(
+            image_processor=SimpleNamespace(image_mean=[0.48145466, 0.4578275, 0.40821073])
+        )
+    )
+    assert protocol.prepare(mean, "square")(image).getpixel((0, 0)) == (122, 116, 104)
+    assert protocol.prepare(mean, "none")(image) is image
+
+
+def test_llavas_own_prompt_letter_by_letter(tmp_path):
+    vlm = FrozenVLM.from_pretrained(llava(tmp_path, tokens="metaspace"))
+    protocol.use_style(vlm, "vicuna_v1")
+    assert vlm._dialogue([("what ?\nAnswer.", None)], ask_twice=False, images=1)[0] == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: <image>\nwhat ?\nAnswer. ASSISTANT:"
+    )
+    assert vlm.batch([Image.new("RGB", (24, 24))], [[("what ?", None)]])["input_ids"].shape[0] == 1
+    with pytest.raises(ValueError, match="style='vicuna': expected one of"):
+        protocol.use_style(vlm, "vicuna")
+
+
+def test_another_family_has_no_style_of_llavas(vlm, family):
+    before = vlm.processor.chat_template
+    if family not in ("llava", "llava_next"):
+        with pytest.raises(ValueError, match="vicuna_v1 is LLaVA's: expected checkpoint for the"):
+            protocol.use_style(vlm, "vicuna_v1")
+    protocol.use_style(vlm, "checkpoint")
+    assert vlm.processor.chat_template == before
+    assert protocol.default_pad(vlm) == ("square" if family == "llava" else "none")
+
+
+def test_rows_say_how_much_of_the_evidence_was_kept(tiny):
+    questions = tiny_world.load(n=12)
+    ways = {
+        ("vanilla", 0): None,
+        ("evidence", 48): baselines.way("evidence", tiny),
+        ("first", 48): Way(lambda asked, k: [torch.arange(k)] * len(asked.units.grid)),
+        ("fastv", 48): baselines.way("fastv", tiny),
+    }
+    rows = answering.answer_batch(tiny, [*enumerate(questions)], ways)
+    cover = [question.evidence((12, 12)) for question in questions]
+    for q, share in enumerate(cover):
+        if share.sum():
+            assert rows["vanilla", 0][q]["recall"] == 1
+            assert rows["evidence", 48][q]["recall"] == pytest.approx(1, abs=1e-6)
+            wanted = (share[:48].sum() / share.sum()).item()
+            assert rows["first", 48][q]["recall"] == wanted
+            assert 0 <= rows["fastv", 48][q]["recall"] <= 1
+        else:
+            assert all(each[q]["recall"] is None for each in rows.values())
+    assert sum(share.sum() > 0 for share in cover) > 8
+    # a benchmark that does not say where the answer stands has no such entry
+    without = [Question(q.id, q.images, q.prompt, q.gold, q.limit) for q in questions[:1]]
+    assert (
+        "recall"
+        not in answering.answer_batch(tiny, [*enumerate(without)], {("vanilla", 0): None})[
+            "vanilla", 0
+        ][0]
+    )
+
+
+def test_several_views_have_no_evidence(vlm, family):
+    frames = [Image.new("RGB", (24, 24), colour) for colour in ("red", "blue", "green")]
+    asked = answering.ask(
+        vlm,
+        [
+            Question(
+                "1",
+                lambda: frames,
+                "what colour ?",
+                {},
+                4,
+                lambda grid: torch.ones(grid[0] * grid[1]),
+            )
+        ],
+    )
+    assert asked.evidence == [None] and answering.recall(None, asked.evidence) == [None]
+
+
+def test_calibration_goes_through_all_questions(tiny):
+    questions = tiny_world.load(split="calibration", n=10)
+    batches = [*answering.calibration_batches(tiny, questions, 4)]
+    assert [len(units.grid) for units, _ in batches] == [4] * (len(questions) // 4) + [
+        len(questions) % 4
+    ] * (len(questions) % 4 > 0)
+    assert all(len(question[0]) == len(units.grid) for units, question in batches)
+    same = [answering.content(question) for question in questions[:2]]
+    assert same[0] == same[1] == answering.ask(tiny, questions[:1]).names[0]
+
+
+def test_questions_that_do_not_fit_are_named(tiny):
+    with pytest.raises(ValueError, match="rows, from 0, are the questions 5"):
+        answering.answer_batch(tiny, [(0, question(5, "what is this thingummy ?"))], {})
+    broken = Question("9", lambda: [picture({"bytes": b"none", "path": "x.png"})], "what ?", {}, 4)
+    with pytest.raises(ValueError, match="pictures of question '9' cannot be read: x.png"):
+        answering.answer_batch(tiny, [(0, broken)], {})
+
+
+def test_flops_are_those_that_pytorch_counts():
+    vlm = FrozenVLM.from_pretrained("tiny/qwen2_5_vl")
+    config = vlm.model.config
+    counted, _ = flops.prefill(blank_model(config).eval(), 50)
+    # PyTorch counts the rotary angles too
+    assert prefill_flops(config.text_config, [50] * len(vlm.lm.layers)) == pytest.approx(
+        counted, 0.01
+    )
+    assert per_layer(9, {2: 4}, 4) == [9, 9, 4, 4]

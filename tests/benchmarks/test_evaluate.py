@@ -1,0 +1,146 @@
+"""evaluate.py as a command: cut off and continued, in two processes, and from the files alone."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from prediction_rows import timeless
+
+import evaluate
+from benchmarks import answering, predictions, tables, tiny_world
+from benchmarks.predictions import Predictions
+from common import FrozenVLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def arguments(out, family, methods):
+    text = "--budgets 48 0.5 --sample 9 --batch 3 --resamples 20 --dtype float32 --device cpu"
+    what = ["--model", f"tiny/{family}", "--benchmarks", "tiny_world", "--methods", *methods]
+    return [*what, *text.split(), "--out", str(out)]
+
+
+def stored(out):
+    return {
+        path.name: timeless(predictions.read(path)[1])
+        for path in sorted((out / "predictions/tiny_world").iterdir())
+    }
+
+
+@pytest.mark.parametrize(
+    "family, methods", [("llava", ["all"]), ("qwen2_5_vl", ["random", "pdrop_last"])]
+)
+def test_a_killed_run_goes_on_and_ends_as_the_unbroken_one(
+    tmp_path, monkeypatch, capsys, family, methods
+):
+    whole = evaluate.main(arguments(tmp_path / "whole", family, methods))
+    real, calls = Predictions.add, []
+
+    def dying(self, rows):
+        calls.append(self)
+        if len(calls) % 5 == 0:  # in the middle of writing a batch
+            real(self, rows[:2])
+            with open(self.file, "a") as file:
+                file.write(json.dumps(rows[2])[:30])
+            raise KeyboardInterrupt
+        real(self, rows)
+
+    monkeypatch.setattr(Predictions, "add", dying)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(arguments(tmp_path / "cut", family, methods))
+    monkeypatch.setattr(Predictions, "add", real)
+    lines = evaluate.main(arguments(tmp_path / "cut", family, methods))
+    assert "half a row at its end, 30 bytes, is cut off" in capsys.readouterr().out
+    assert stored(tmp_path / "cut") == stored(tmp_path / "whole")
+    assert tables.intervals_table(lines) == tables.intervals_table(whole)
+    assert {line["method"] for line in lines} > {"vanilla", "random"}
+
+    def answered_again(*_):
+        raise AssertionError("all is there: nothing is asked")
+
+    monkeypatch.setattr(answering, "answer_batch", answered_again)
+    assert evaluate.main(arguments(tmp_path / "cut", family, methods)) == lines
+
+
+def test_scores_come_from_the_files_alone(tmp_path, monkeypatch):
+    lines = evaluate.main(arguments(tmp_path / "out", "llava", ["random"]))
+
+    def no_model(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    monkeypatch.setattr(FrozenVLM, "from_pretrained", no_model)
+    monkeypatch.setattr(tiny_world, "load", no_model)
+    shutil.copytree(tmp_path / "out/predictions", tmp_path / "elsewhere")
+    assert evaluate.main(["--rescore", str(tmp_path / "elsewhere"), "--resamples", "20"]) == lines
+    for name in ("benchmarks.md", "benchmarks.json"):
+        assert (tmp_path / "elsewhere" / name).read_text() == (tmp_path / "out" / name).read_text()
+    assert (tmp_path / "elsewhere/curve.png").stat().st_size > 5000
+    one = json.loads(
+        (tmp_path / "out/predictions/tiny_world/random-48.jsonl").read_text().splitlines()[1]
+    )
+    assert set(one) == predictions.ROW | {"recall"}
+    assert one["kept"] == 48 and one["seen"] == [48, 48, 48.0]
+
+
+def test_launched_in_two_processes_it_makes_the_same_table(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `accelerate launch` calls where there are GPUs
+    done = subprocess.run(
+        [
+            sys.executable,
+            *"-m torch.distributed.run --nproc_per_node 2 --master_port".split(),
+            str(port),
+            "--",
+            "evaluate.py",
+            *arguments(tmp_path / "two", "llava", ["random"]),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    # the tables of one process
+    assert done.stdout.count("| vanilla | all |") == 1
+    whole = evaluate.main(arguments(tmp_path / "one", "llava", ["random"]))
+    two = json.loads((tmp_path / "two/benchmarks.json").read_text())["lines"]
+    assert len([*(tmp_path / "two").rglob("*-of-00002.jsonl")]) == 6
+    assert [line["scores"] for line in two] == [line["scores"] for line in whole]
+
+
+def test_options_go_to_the_load_that_has_them():
+    def options(*texts):
+        config = SimpleNamespace(benchmarks=["tiny_world"], options=texts)
+        return evaluate.load_options(config)
+
+    assert options("tiny_world.n=30", "tiny_world.split=calibration") == {
+        "tiny_world": {"n": 30, "split": "calibration"}
+    }
+    for wrong in ("tiny_world.frames=1", "pope.split=test", "tiny_world"):
+        with pytest.raises(ValueError, match="<benchmark>.<option>=<value> of tiny_world"):
+            options(wrong)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        (["--benchmarks", "nonsense"], "known are .*tiny_world"),
+        (["--methods", "nonsense"], "known are .*random"),
+        (["--budgets", "1.5"], "budgets=.*1.5"),
+        (["--budgets", "-3"], "budgets=.*-3"),
+    ],
+)
+def test_a_wrong_command_is_refused_before_a_model_is_loaded(monkeypatch, more, words):
+    monkeypatch.setattr(FrozenVLM, "from_pretrained", None)
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(["--model", "tiny/llava", *more])
+
+
+def test_budgets_are_numbers_of_tokens_or_shares():
+    budgets = evaluate.EvalConfig(budgets=[8.0, 0.5]).budgets
+    assert budgets == [8, 0.5] and isinstance(budgets[0], int)

@@ -1,0 +1,238 @@
+"""Real sizes without weights: shapes, random weights, memory, and what loading refuses."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import huggingface_hub
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from transformers import AutoConfig, DynamicCache
+
+from common import FrozenVLM, weight_bytes
+from measure import shapes
+
+# parameters of the published checkpoints, in G, and units of one 700x500 picture
+REAL = {"llava-1.5-7b": (7.063, 576), "llava-next-vicuna-7b": (7.063, 2208),
+        "qwen2.5-vl-7b": (8.292, 450), "internvl3-8b": (7.944, 13 * 256),
+        "llava-onevision-7b": (8.031, 196)}
+TURN = ("what is there ?", "a red circle")
+
+
+@pytest.fixture(scope="module", params=list(REAL))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    return shapes.write(name, tmp_path_factory.mktemp(name), shrink=True)
+
+
+@pytest.fixture(scope="module")
+def small(folder, one_thread):
+    return FrozenVLM.from_pretrained(folder, random_weights=True)
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A folder that a test may spoil."""
+    return shapes.write("llava-1.5-7b", tmp_path / "llava", shrink=True)
+
+
+def picture(width: int = 700, height: int = 500) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def edit(folder: str, **text) -> None:
+    path = f"{folder}/config.json"
+    config = json.load(open(path))
+    config["text_config"] |= text
+    json.dump(config, open(path, "w"))
+
+
+# ------------------------------------------------------------------ shapes, random weights
+
+
+def test_the_sizes_are_those_of_the_published_checkpoints(name, tmp_path):
+    billions, _ = REAL[name]
+    shape = AutoConfig.from_pretrained(shapes.write(name, tmp_path))
+    assert weight_bytes(shape) / 2e9 == pytest.approx(billions, rel=2e-4)
+    assert weight_bytes(shape, torch.float32) == 2 * weight_bytes(shape)
+    endings = sorted(path.suffix for path in tmp_path.iterdir())
+    assert endings == [".jinja", *[".json"] * 4], "and no weights"
+    vlm = FrozenVLM.from_pretrained(tmp_path, device="meta", random_weights=True)
+    assert vlm.device.type == "meta" and vlm.dtype == torch.bfloat16
+    assert vlm.lm.layers[0].mlp is not None
+
+
+def test_random_weights_take_the_same_path_as_a_checkpoint(name, small):
+    """Encode, prune, loss, answer: finite in bfloat16; a pruned prompt that keeps all is the full
+    one."""
+    batch = small.batch([picture()], [[TURN]])
+    units = small.encode(batch)
+    every = [here.nonzero().flatten() for here in units.pad()[1]]
+    full, kept = small.embed(batch, units), small.prune(batch, units, every)
+    assert len(every[0]) == REAL[name][1]
+    assert small.loss(full) == small.loss(kept) and 0 < small.loss(full) < 20
+    asked = small.batch([picture()], [[(TURN[0], None)]])
+    pruned = small.prune(asked, units, [every[0][::9]])
+    assert pruned.embeds.shape[1] < full.embeds.shape[1] / 4
+    assert torch.isfinite(small.logits(pruned)).all()
+    assert isinstance(small.generate(pruned, 2)[0], str)
+
+
+def test_random_weights_are_announced_and_always_the_same(llava, capsys):
+    torch.manual_seed(5)
+    one = FrozenVLM.from_pretrained(llava, torch.float32, random_weights=True)
+    drawn = torch.rand(1)
+    shouted = f"RANDOM WEIGHTS: OF {llava} ONLY THE SHAPES ARE REAL, ITS ANSWERS MEAN NOTHING"
+    assert shouted in capsys.readouterr().out
+    two = FrozenVLM.from_pretrained(llava, torch.float32, random_weights=True)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
+    expected = torch.rand(1, generator=torch.Generator().manual_seed(5))
+    assert drawn == expected, "the caller's numbers are untouched"
+    assert not any(p.requires_grad for p in one.parameters()) and one.dtype == torch.float32
+
+
+def test_a_saved_model_with_random_weights_is_a_checkpoint_like_any_other(llava, tmp_path):
+    drawn = FrozenVLM.from_pretrained(llava, torch.float32, random_weights=True)
+    drawn.model.save_pretrained(tmp_path / "saved")
+    drawn.processor.save_pretrained(tmp_path / "saved")
+    loaded = FrozenVLM.from_pretrained(tmp_path / "saved", torch.float32)
+    batch = drawn.batch([picture()], [[TURN]])
+    assert torch.equal(*(vlm.logits(vlm.embed(batch, vlm.encode(batch)))
+                         for vlm in (drawn, loaded)))
+
+
+def test_a_shape_of_fewer_layers_is_as_wide():
+    config, whole = (shapes.config("llava-1.5-7b", layers=layers).text_config for layers in (4, 0))
+    assert (config.num_hidden_layers, whole.num_hidden_layers) == (4, 32)
+    assert config.hidden_size == whole.hidden_size
+
+
+def test_the_command_writes_a_folder_that_loads(tmp_path, capsys):
+    shapes.main(["llava-1.5-7b", str(tmp_path), "--shrink", "--layers", "2"])
+    assert "llava-1.5-7b without weights" in capsys.readouterr().out
+    vlm = FrozenVLM.from_pretrained(tmp_path, random_weights=True)
+    assert len(vlm.lm.layers) == 2
+    with pytest.raises(ValueError, match="backbone 'llava': expected one of llava-1.5-7b, "):
+        shapes.write("llava", tmp_path)
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_the_cache_is_as_large_as_estimated(small):
+    cache = DynamicCache()
+    with torch.no_grad():
+        small.lm(inputs_embeds=torch.zeros(2, 30, small.dim, dtype=torch.bfloat16), use_cache=True,
+                 past_key_values=cache)
+    need = shapes.memory(small.model.config, torch.bfloat16, rows=2, tokens=30)
+    assert need["cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert need["weights"] == sum(p.nbytes for p in small.parameters())
+
+
+def test_weights_that_do_not_fit_are_refused_before_loading(llava):
+    # 3 matrices of 10**10 x 64, 2 bytes each, in each of 3 layers
+    edit(llava, intermediate_size=10**10)
+    says = r"need 10\d{3}.\d GiB in torch.bfloat16, cpu has .* GiB free: choose"
+    for how in (True, False):              # else it would be the missing weights that stop it
+        with pytest.raises(MemoryError, match=says):
+            FrozenVLM.from_pretrained(llava, random_weights=how)
+
+
+# ------------------------------------------------------------------ what loading refuses
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for models that one may not, or cannot, have."""
+
+    def do_HEAD(self):
+        status, code = (403, "GatedRepo") if "gated" in self.path else (401, "RepoNotFound")
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
+                        url + "/{repo_id}/resolve/{revision}/{filename}")
+    yield
+    server.shutdown()
+
+
+@pytest.mark.parametrize("asked, error, says", [
+    ("lab/unknown-vlm", FileNotFoundError,
+     "neither a folder here nor a model on the Hugging Face hub; check the"),
+    ("lab/gated-vlm", PermissionError,
+     "'lab/gated-vlm' is gated: accept its terms at https://huggingface.co/lab/gated")])
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_what_the_hub_refuses_is_told_apart(asked, error, says, random_weights, hub):
+    with pytest.raises(error, match=says):
+        FrozenVLM.from_pretrained(asked, random_weights=random_weights)
+
+
+def test_no_network_is_no_unknown_model(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    says = "'lab/some-vlm': neither .* nor in the hub's cache, and the hub cannot"
+    with pytest.raises(ConnectionError, match=says):
+        FrozenVLM.from_pretrained("lab/some-vlm")
+
+
+def test_folders_that_are_no_checkpoints(llava, tmp_path):
+    says = "no checkpoint at .*: expected a folder with a config.json"
+    for wrong in (tmp_path, tmp_path / "nowhere", "runs/no/such", "./nothing"):
+        with pytest.raises(FileNotFoundError, match=says):
+            FrozenVLM.from_pretrained(wrong)
+    # a folder of shapes has no weights
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        FrozenVLM.from_pretrained(llava)
+    (tmp_path / "llava" / "config.json").write_text("{")
+    with pytest.raises(FileNotFoundError, match="not a valid JSON"):
+        FrozenVLM.from_pretrained(llava)
+
+
+def test_prompts_that_are_too_long_are_refused_by_row(llava):
+    edit(llava, max_position_embeddings=640)
+    vlm = FrozenVLM.from_pretrained(llava, random_weights=True)
+    fits = vlm.batch([picture()], [[(" ".join(["red"] * 40), None)]])
+    assert fits["input_ids"].shape[1] <= 640
+    says = r"row 1 has 7\d\d tokens, .*: expected at most 640, the language model's"
+    with pytest.raises(ValueError, match=says):
+        vlm.batch([picture()] * 2, [[TURN], [(" ".join(["red"] * 130), None)]])
+
+
+def test_more_image_tokens_than_images_are_refused(small):
+    mark = small.image_token
+    says = r"turns\[0\]\[\d\] contains '.*': leave it out, batch\(\) places it"
+    for turns in ([(f"and this {mark} ?", None)], [("what ?", f"this {mark}")],
+                  [TURN, (mark, None)]):
+        with pytest.raises(ValueError, match=says):
+            small.batch([picture()], [turns])
+
+
+def test_the_output_layer_gets_whole_states(tmp_path):
+    """A slice would make torch copy its weight for every row, on a CPU."""
+    vlm = FrozenVLM.from_pretrained(tiny_models.llava(tmp_path), torch.float32)
+    contiguous = []
+    vlm.model.lm_head.register_forward_pre_hook(
+        lambda _, args: contiguous.append(args[0].is_contiguous()))
+    batch = vlm.batch([Image.new("RGB", (24, 24))] * 2, [[("what colour ?", None)]] * 2)
+    vlm.generate(vlm.embed(batch, vlm.encode(batch)), 2)
+    assert contiguous and all(contiguous)
