@@ -1,12 +1,13 @@
 # Everything sets itself up in .venv: `make train` is the main command, `make test` the other one.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: train test lint
 train: .venv/ready
 	$(BIN)/python train.py --method autoselect
 test: .venv/ready lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 lint: .venv/ready
 	$(BIN)/ruff check .
 .venv/ready: requirements.txt

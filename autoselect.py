@@ -13,7 +13,6 @@ Shapes  B images, N visual tokens, K kept, C width of a token before the project
         v (B, N, C) tokens | s, z (B, N) scores | a (B, N) share of signal, 0..1
         valid (B, N) False at padding, None without any | mean, std (C,) of the tokens
         v (B, N, P, C) where P patches become one token later (Qwen2.5-VL, P = 4): they share one a
-Read    downwards: the equations in the paper's order, then AutoSelect, which strings them together.
 
 What differs from the paper, or what it leaves open [ours]
 - Eq. 5 keeps the variance only where it is 1, and Hugging Face's LLaVA reads a CLIP state without
@@ -38,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from runs import Selector, Way
+from runs import Selector, Way, check_choices
 
 
 @dataclass
@@ -70,9 +69,7 @@ class Config(Sizes):
         default="learned", help="Eq. 3 [paper]; random: Figure 5's ablation")
 
     def __post_init__(self):
-        check_choice("gate", self.gate, ("noise", "scale"))
-        check_choice("denoiser", self.denoiser, ("diagonal", "global", "none"))
-        check_choice("scorer", self.scorer, ("learned", "random"))
+        check_choices(self)
         if min(self.keep, default=0) <= 0:
             raise ValueError(f"keep={self.keep}: expected numbers of tokens, or shares above 0")
 
@@ -80,11 +77,6 @@ class Config(Sizes):
 # steps, pictures a step, learning rate and autocast are options of train.py [all ours]
 TINY = dict(steps=450, batch=16, lr=2e-3, autocast=False, layers=2, heads=4)
 LARGE = dict(steps=5000, batch=32, lr=1e-4, autocast=True, layers=5, heads=16)
-
-
-def check_choice(name: str, value, known: tuple) -> None:
-    if value not in known:
-        raise ValueError(f"{name}={value!r} is none of {known}")
 
 
 def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
@@ -292,7 +284,8 @@ class NoiseGate(Selector):
 
     @torch.no_grad()
     def observe(self, vlm, parts: list, step) -> None:
-        """Take in mean and std per channel of all tokens of a step, on all processes."""
+        """Take in mean and std per channel of all tokens of a step, on all processes. The encoder
+        is frozen, so nothing is forgotten."""
         sums = []
         for _, units in parts:
             v, valid = units.pad()
@@ -300,19 +293,14 @@ class NoiseGate(Selector):
             sums.append(torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
         sums = step.sum(torch.stack(sums).sum(0))
         mean, square = (sums[1:] / sums[0]).chunk(2)
-        variance = (square - mean.square()).clamp(min=0)
-        self.take_in(sums[0].long(), mean.float(), variance.float())
+        variance = (square - mean.square()).clamp(min=0).float()
 
-    @torch.no_grad()
-    def take_in(self, count: Tensor, mean: Tensor, var: Tensor) -> None:
-        """Mean and std of all tokens so far, from mean and var (C,) of `count` new ones. The
-        encoder is frozen, so nothing is forgotten."""
         # new tensors, not in place: a graph of an earlier forward may still need the old ones
-        self.count = self.count + count
-        w = count / self.count
-        shift = mean - self.mean
+        self.count = self.count + sums[0].long()
+        w = sums[0].long() / self.count
+        shift = mean.float() - self.mean
         spread = w * (1 - w) * shift.square()
-        self.std = ((1 - w) * self.std.square() + w * var + spread).sqrt()
+        self.std = ((1 - w) * self.std.square() + w * variance + spread).sqrt()
         self.mean = self.mean + w * shift
 
     def gated(self, v: Tensor, a: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:

@@ -11,15 +11,14 @@ A unit is what the language model reads as one visual token: a CLIP patch in LLa
 patches in Qwen2.5-VL. Pruning is exact: the logits are those of the full sequence in which the
 attention mask hides the dropped tokens, because what stays keeps the position it had there.
 
-An image may reach the encoder as several views: crops, tiles, frames of a video, or several images
-of one row. To a selector all views of a row are one image. One that selects in each view by itself
-asks Units.apart() and hands its answer to Units.together().
+An image may reach the encoder as several views: crops, tiles, frames, or several images of a row.
+To a selector these are one image; one that selects in each by itself uses apart() and together().
 
 Shapes  B rows, M units of all images together, N most units of one image, C vision width,
         P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary,
         T views of all images together, S image tokens of the batch
-Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/.
-        Pruning inside the language model, and attention maps, which only rivals need: baselines/.
+Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/. Pruning inside the
+        language model, and attention maps, which only rivals need: baselines/.
 """
 
 import importlib
@@ -225,9 +224,9 @@ class Adapter(ABC):
     kind             what the chat template calls a picture: "image", or "video" of frames
     side, unit_side  units along a side of a view, 0 at native resolution; pixels of a unit's side
     For rivals that read the encoder's attention (baselines/encoder.py)
-    has_cls          whether the encoder has a [CLS] token
-    depth            blocks that feats go through
+    has_cls, depth   whether the encoder has a [CLS] token; blocks that feats go through
     whole            numbers, from 0, of its blocks whose attention spans a view
+    fold(x, batch)   (T, n, d) of the encoder's tokens -> (M, d), the mean over each unit's
     """
     model_type = ""
     processor_class, kind, side, has_cls = AutoProcessor, "image", 0, False
@@ -297,11 +296,6 @@ class Adapter(ABC):
     def positions(self, batch) -> Tensor:
         """(B, L), or (3, B, L) with M-RoPE, of the full prompt."""
         return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-
-    def fold(self, x: Tensor, batch) -> Tensor:
-        """(T, n, d), a value per token of the encoder -> (M, d), the mean over each unit's."""
-        raise ValueError(f"{type(self).__name__} does not say which tokens of its encoder make a "
-                         "unit: expected fold(), which rivals that read attention need")
 
 
 class LlavaAdapter(Adapter):
@@ -405,16 +399,16 @@ class QwenAdapter(Adapter):
 
 def find_adapter(config) -> type[Adapter]:
     """The family that serves a checkpoint. Raises ValueError if none does, or several."""
-    here = [family for family in (LlavaAdapter, QwenAdapter) if family.matches(config)]
-    if here:
-        return here[0]
+    for family in (LlavaAdapter, QwenAdapter):
+        if family.matches(config):
+            return family
     rooms = importlib.import_module("backbones")
     for room in pkgutil.iter_modules(rooms.__path__):
         importlib.import_module(f"backbones.{room.name}")
     serving = [family for family in Adapter.known if family.matches(config)]
     if len(serving) != 1:
         tower = getattr(getattr(config, "vision_config", None), "model_type", None)
-        names = [family.__name__ for family in serving] or "none of the families"
+        names = " and ".join(family.__name__ for family in serving) or "none of the families"
         types = ", ".join(dict.fromkeys(x.model_type for x in Adapter.known if x.model_type))
         raise ValueError(f"model_type {config.model_type!r} with the vision tower {tower!r} is "
                          f"served by {names}: expected one of {types}; a further family is one "
@@ -616,7 +610,7 @@ class FrozenVLM(nn.Module):
                 messages.append(self._message("assistant", answer.strip() + self.end))
                 text = render()
                 spans.append((len(heads[-1]), len(text.rstrip())))
-        if not all(text.startswith(head) for head in heads):
+        if not all(map(text.startswith, heads)):
             raise ValueError("this checkpoint's chat template rewrites earlier turns when one is "
                              "added: the answers cannot be located, pass one turn per row")
         return text, spans
@@ -820,10 +814,8 @@ class FrozenVLM(nn.Module):
         if positions not in ("original", "reindex"):
             raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
         prompt = self._prompt(batch, units, own if feats is None else feats, kept)
-        if positions == "original":
-            return prompt
-        anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0)
-        return replace(prompt, pos=anew.expand_as(prompt.pos))
+        anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos)
+        return replace(prompt, pos=anew) if positions == "reindex" else prompt
 
     def _prompt(self, batch, units: Units, feats: Tensor, kept: Tensor) -> Prompt:
         """The prompt without the units that kept (M,) bool drops; feats: a row per kept unit."""
@@ -867,28 +859,19 @@ class FrozenVLM(nn.Module):
         """(B, L, V); logits[:, i] predict token i + 1."""
         return self.model.lm_head(self._states(prompt))
 
-    def loss(self, prompt: Prompt, reduction: str = "mean") -> Tensor:
-        """Negative log likelihood of the labels, in nats per token and at least float32.
-
-        "mean": over all answer tokens of the batch, (). "row": over those of each row, (B,).
-        Raises ValueError when there is nothing to predict, or on another reduction.
-        """
-        if reduction not in ("mean", "row"):
-            raise ValueError(f"reduction={reduction!r}: expected 'mean' or 'row'")
+    def loss(self, prompt: Prompt) -> Tensor:
+        """Negative log likelihood of the labels, in nats per token and at least float32, mean over
+        all answer tokens of the batch. Raises ValueError when there is nothing to predict."""
         if prompt.labels is None:
             raise ValueError("this prompt has no labels: build its batch with answers")
         target = prompt.labels[:, 1:]
-        count = (target != IGNORE).sum(1)
-        if not (count.sum() if reduction == "mean" else count.min()):
-            raise ValueError(f"the rows have {count.tolist()} answer tokens: expected some in each")
+        is_answer = target != IGNORE
+        if not is_answer.any():
+            raise ValueError(f"rows have {is_answer.sum(1).tolist()} answer tokens: expected some")
         # the output layer runs at the answers only: its logits are a step's largest tensor
-        row, column = (target != IGNORE).nonzero(as_tuple=True)
-        logits = self.model.lm_head(self._states(prompt)[row, column])
+        logits = self.model.lm_head(self._states(prompt)[is_answer.nonzero(as_tuple=True)])
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        nll = F.cross_entropy(logits, target[row, column], reduction="none")
-        if reduction == "mean":
-            return nll.mean()
-        return nll.new_zeros(len(count)).index_add(0, row, nll) / count
+        return F.cross_entropy(logits, target[is_answer], reduction="none").mean()
 
     @torch.no_grad()
     def generate(self, prompt: Prompt, max_new_tokens: int = 32, streamer=None) -> list[str]:

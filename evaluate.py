@@ -14,8 +14,7 @@ benchmarks it is the mean, which is the papers' Avg.
 import hashlib
 import inspect
 import json
-from dataclasses import dataclass
-from dataclasses import field as dataclass_field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -36,7 +35,7 @@ CALIBRATION = "tiny_world"              # whose calibration split adaptive metho
 
 
 def many(default: list, text: str):
-    return dataclass_field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default_factory=lambda: list(default), metadata={"help": text})
 
 
 @dataclass
@@ -75,8 +74,6 @@ class EvalConfig:
     out: str | None = HfArg(default=None, help="folder of tables and pictures; without it: that "
                                                "of the first run")
     draw: bool = HfArg(default=True, help="draw the curves and the kept patches")
-    random_weights: bool = HfArg(default=False, help="build --model from its config alone: to time "
-                                                     "it, for its answers mean nothing")
     dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
                                                              help="of the frozen VLM")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -98,18 +95,10 @@ class EvalConfig:
 # ---------------------------------------------------------------------------- what is asked
 
 
-def latest_run() -> str:
-    """The run in runs/ that finished last. Raises FileNotFoundError when there is none."""
-    finished = list(Path("runs").glob("**/selector/model.safetensors"))
-    if not finished:
-        raise FileNotFoundError("runs/ holds no finished run: python train.py makes one")
-    return str(max(finished, key=lambda path: path.stat().st_mtime).parent.parent)
-
-
 def settle(config: EvalConfig) -> None:
     """Fill in the runs, their model and the folder. Raises before anything is loaded."""
     if not config.run and not config.model:
-        config.run = [latest_run()]
+        config.run = [runs.latest_run()]
     models = [runs.read_selector(run)[1]["training"]["model"] for run in config.run]
     config.model = config.model or models[0]
     default = config.run[0] if config.run and Path(config.run[0]).is_dir() else None
@@ -172,11 +161,9 @@ def ask(config: EvalConfig) -> list[dict]:
     options = benchmarks.load_options(config.benchmarks, config.options)
     state = PartialState(cpu=not config.device.startswith("cuda"))
     device = state.device if state.num_processes > 1 else config.device
-    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device,
-                                    random_weights=config.random_weights)
+    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device)
     protocol.use_style(vlm, config.style)
-    if config.pad == "auto":
-        config.pad = "square" if vlm.family == "llava" else "none"
+    config.pad = protocol.default_pad(vlm) if config.pad == "auto" else config.pad
     prepare = protocol.prepare(vlm, config.pad)
 
     # all benchmarks before the first is asked: what is missing is said before an hour of work
@@ -244,8 +231,10 @@ def draw_kept(config, vlm, prepare, selector, way, questions, path: Path) -> Non
     asked = answering.ask(vlm, few, prepare, way)
     k = min(way.budgets or config.budgets)
     keep = answering.choose(way, asked, k)[0]
-    plots.draw_units(vlm, asked.batch, asked.units, selector.scores(asked.units, asked.question),
-                     keep, [question.prompt for question in few], path)
+    heat = selector.scores(asked.units, asked.question)
+    orders = plots.by_score(asked.units, heat, keep) if way.reads_question else None
+    titles = [question.prompt for question in few]
+    plots.draw_units(vlm, asked.batch, asked.units, heat, keep, titles, path, orders)
 
 
 def main(args: list[str]) -> list[dict]:

@@ -48,7 +48,7 @@ from transformers.hf_argparser import HfArg
 
 from baselines import inside, random_tokens
 from common import Units, split_by
-from runs import Selector, Way, check_ways
+from runs import Selector, Way, check_choices, check_ways
 
 
 @dataclass
@@ -90,10 +90,7 @@ class Config(Sizes):
                         "question before and behind the image (B.4); 0: behind the encoder [paper]")
 
     def __post_init__(self):
-        for name, known in (("estimator", ("gumbel", "softmax")),
-                            ("regulariser", ("dead_zone", "plain"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is none of {known}")
+        check_choices(self)
         zone = 0 <= self.keep_low <= self.keep_high <= 1
         if not zone or min(self.alpha1, self.alpha2) < 0:
             raise ValueError(f"keep_low={self.keep_low}, keep_high={self.keep_high}, "
@@ -467,7 +464,7 @@ class ReconSelector(Selector):
     def ways(self, names, budgets, calibration) -> dict[str, Way]:
         """"mask": what the selector keeps by itself. Inside the language model also two controls:
         "asked twice", the same prompt with nothing removed, and "random inside"."""
-        check_ways(names, [])
+        check_ways(names, self.further_ways)
         if not self.reads_language:
             own = Way(lambda asked, _: self.select(asked.units, None, None), budgets=("mask",))
             return {**super().ways([], budgets, calibration), " mask": own}

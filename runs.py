@@ -26,6 +26,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
@@ -163,6 +164,14 @@ def load_method(name: str):
 def preset(module, encoder_width: int) -> dict:
     """What a method trains with unless told otherwise."""
     return module.LARGE if encoder_width >= LARGE_WIDTH else module.TINY
+
+
+def check_choices(config) -> None:
+    """Raises ValueError for a value that is none of its option's Literal."""
+    for option in fields(config):
+        known = get_args(option.type)
+        if get_origin(option.type) is Literal and getattr(config, option.name) not in known:
+            raise ValueError(f"{option.name}={getattr(config, option.name)!r} is none of {known}")
 
 
 def options_class(config_class: type) -> type:
@@ -318,6 +327,14 @@ def save_selector(run: Path, selector, about: dict) -> None:
         selector.save_pretrained(folder, config=about)
         shutil.rmtree(run / "selector", ignore_errors=True)
     write_whole(run / "selector", write)
+
+
+def latest_run() -> str:
+    """The run in runs/ that finished last. Raises FileNotFoundError when there is none."""
+    finished = [*Path("runs").glob("**/selector/model.safetensors")]
+    if not finished:
+        raise FileNotFoundError("runs/ holds no finished run: python train.py makes one")
+    return str(max(finished, key=lambda path: path.stat().st_mtime).parent.parent)
 
 
 def read_selector(run: str | Path) -> tuple[Path, dict]:

@@ -52,8 +52,8 @@ What differs from the paper, or what it leaves open [ours]
   over [v; text] in this order: no image token sees the question.
 """
 
-from dataclasses import dataclass, fields, replace
-from typing import Literal, get_args, get_origin
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +64,6 @@ import autoselect
 from autoselect import (
     NoiseGate,
     block,
-    check_choice,
     hard_topk,
     sharpness,
     soft_topk,
@@ -72,7 +71,7 @@ from autoselect import (
     temperature,
     zscore,
 )
-from runs import Way
+from runs import Way, check_choices
 
 AGGREGATIONS = ("full", "last", "uniform", "alive")
 NEVER = -1e4                              # a stop bias with which stop never wins
@@ -125,9 +124,7 @@ class Config(Sizes):
     text_steps: int = HfArg(default=50, help="steps in which g_text of Eq. 3 rises to 1 [ours]")
 
     def __post_init__(self):
-        for option in fields(self):
-            if get_origin(option.type) is Literal:
-                check_choice(option.name, getattr(self, option.name), get_args(option.type))
+        check_choices(self)
         if min(self.max_steps, self.max_text, self.decoder_layers) < 1:
             raise ValueError(f"max_steps={self.max_steps}, max_text={self.max_text}, decoder_layers"
                              f"={self.decoder_layers}: expected at least 1 of each")

@@ -78,11 +78,9 @@ class TrainConfig:
     def __post_init__(self):
         self.data = "folder" if self.images and self.data == "scenes" else self.data
         least = dict(batch=1, save_every=1, n_pictures=1, questions=1, steps=0, epochs=0, micro=0)
-        wrong = [f"{name}={getattr(self, name)}" for name, low in least.items()
-                 if not getattr(self, name) >= low]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)}: expected at least 1, or for steps, epochs and "
-                             "micro 0")
+        for name, low in least.items():
+            if not getattr(self, name) >= low:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
         if self.data == "folder" and not self.images:
@@ -101,6 +99,8 @@ def parse(args: list[str]) -> tuple[TrainConfig, object]:
     width = backbone.vision_config.hidden_size
     parser = runs.Parser([TrainConfig, runs.options_class(module.Config)], description=__doc__)
     parser.set_defaults(run=f"runs/{chosen.method}", **runs.preset(module, width))
+    if "--epochs" in args:
+        parser.set_defaults(steps=0)            # which would win
     config, options = parser.parse_args_into_dataclasses(args)
     config.method = module.__name__
     module.Config(**vars(options))              # its checks, before anything is loaded
@@ -208,8 +208,7 @@ def train(config: TrainConfig, options) -> Path:
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), accelerator.device,
                                     random_weights=config.random_weights)
     frozen = sum(p.numel() for p in vlm.parameters())
-    vlm.checkpointing(frozen > 1e9 if config.checkpointing == "auto"
-                      else config.checkpointing == "on")
+    vlm.checkpointing({"auto": frozen > 1e9, "on": True, "off": False}[config.checkpointing])
     torch.manual_seed(config.seed)
     selector = module.Method(module.Config.of(vlm, **vars(options))).to(vlm.device).train()
     check_fit(config, selector, accelerator.num_processes)

@@ -78,6 +78,9 @@ def check_needs(vlm, needs: dict) -> None:
         lacks_crops = what == "crop" and not getattr(adapter, "crops", False)
         if lacks_cls or lacks_crops:
             raise ValueError(f"needs[{name!r}]: the vision encoder of {vlm.family} has no {what!r}")
+        if what in OF_ATTENTION and not hasattr(adapter, "fold"):
+            raise ValueError(f"needs[{name!r}]: {type(adapter).__name__} does not say which tokens "
+                             "of its encoder make a unit: expected a fold()")
         if what in OF_ATTENTION and layer not in adapter.whole:
             raise ValueError(f"block {layer} of the vision encoder cannot be read: expected one of "
                              f"{adapter.whole}, whose attention spans a whole view")

@@ -213,6 +213,14 @@ def draw_units(vlm, batch, units, scores, keeps, titles, path: Path, orders=None
     draw_kept(images, apart.grid, by_view, kept, names, path, orders if max(views) == 1 else None)
 
 
+def by_score(units, scores, keeps) -> list[torch.Tensor] | None:
+    """Each row's kept units by falling score, (M,) scores; None without scores."""
+    if scores is None:
+        return None
+    rows = scores.split(units.counts)
+    return [keep[row[keep].argsort(descending=True)] for row, keep in zip(rows, keeps)]
+
+
 def greyed_out(pixels: np.ndarray, keep, grid: tuple[int, int]) -> np.ndarray:
     """The picture (H, W, 3) with all units of the grid but the kept ones pale."""
     mask = np.zeros(grid[0] * grid[1])

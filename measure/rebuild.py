@@ -28,12 +28,10 @@ import runs
 from baselines import random_tokens
 from benchmarks import answering, tiny_world
 from benchmarks.plots import draw_rebuilt
-from benchmarks.scores import VANILLA, retention
+from benchmarks.scores import VANILLA
 from benchmarks.tables import cell, markdown
 from common import FrozenVLM, kept_mask
 from data.dialogues import SIZES
-from recon_selector import ReconSelector
-from tiny.scenes import FAMILIES
 
 DISTORTIONS = ("none", "crop", "brightness")
 SHARES = (0.5, 0.4, 0.222, 0.111, 0.056)              # of the tokens kept, the paper's Table 1
@@ -171,8 +169,8 @@ def stability(vlm, selectors: list, images: list, budgets: list, how: str) -> di
 
 
 def retentions(vlm, selectors: list, scenes: list, budgets: list, batch: int = 32) -> dict:
-    """{(number of the selector, K): mean over the families of questions of the accuracy with the
-    kept tokens, relative to that with all of them} on all questions about the scenes."""
+    """{(number of the selector, K): score with the kept tokens, relative to that with all of them}
+    on all questions about the scenes."""
     questions = [tiny_world.question_of(scene, number, question) for scene in scenes
                  for number, question in enumerate(scene.questions)]
     ways = {VANILLA: None}
@@ -185,12 +183,9 @@ def retentions(vlm, selectors: list, scenes: list, budgets: list, batch: int = 3
             if isinstance(answers, answering.Impossible):
                 raise answers
             rows[key] += answers
-    scores = {}
-    for key, answers in rows.items():
-        score = tiny_world.score(answers)
-        scores[key] = {family: score[family] for family in FAMILIES if family in score}
+    scores = {key: tiny_world.score(answers)[tiny_world.MAIN] for key, answers in rows.items()}
     full = scores.pop(VANILLA)
-    return {key: retention(families, full)[0] / 100 for key, families in scores.items()}
+    return {key: score / full for key, score in scores.items()}
 
 
 def stability_table(vlm, selectors: list, scenes: list, budgets: list) -> str:
@@ -218,7 +213,7 @@ def load(folders: list[str], dtype: torch.dtype, device: str) -> tuple[FrozenVLM
     selectors = []
     for folder in folders:
         selector = runs.load_selector(folder, vlm)[0]
-        if not isinstance(selector, ReconSelector) or selector.reads_language:
+        if not hasattr(selector, "rebuild") or selector.reads_language:
             raise ValueError(f"{folder} does not rebuild what the vision encoder says: expected "
                              "runs of the method recon without --select_after_layer")
         selectors.append(selector)

@@ -112,7 +112,7 @@ def test_a_run_of_another_backbone_or_a_half_finished_one_is_refused(tmp_path, v
 
 @pytest.mark.parametrize("bad, message", [
     (dict(steps=0), "steps=0, epochs=0: expected one of them above 0"),
-    (dict(steps=-1), "steps=-1: expected at least 1"), (dict(batch=0), "batch=0: expected"),
+    (dict(steps=-1), "steps=-1: expected at least 0"), (dict(batch=0), "batch=0: expected"),
     (dict(keep=[0]), r"keep=\[0.0\]: expected"), (dict(save_every=-1), "save_every=-1: expected"),
     (dict(model="./nowhere"), "no checkpoint at './nowhere'"),
     (dict(method="best"), "method='best': expected one of autoselect, recon_selector, stepprune"),

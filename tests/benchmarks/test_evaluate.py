@@ -5,11 +5,11 @@ import shutil
 import socket
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from prediction_rows import timeless
 
+import benchmarks
 import evaluate
 from benchmarks import answering, predictions, tables, tiny_world
 from benchmarks.predictions import Predictions
@@ -115,8 +115,7 @@ def test_launched_in_two_processes_it_makes_the_same_table(tmp_path):
 
 def test_options_go_to_the_load_that_has_them():
     def options(*texts):
-        config = SimpleNamespace(benchmarks=["tiny_world"], options=texts)
-        return evaluate.load_options(config)
+        return benchmarks.load_options(["tiny_world"], texts)
 
     assert options("tiny_world.n=30", "tiny_world.split=calibration") == {
         "tiny_world": {"n": 30, "split": "calibration"}

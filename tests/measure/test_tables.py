@@ -72,7 +72,7 @@ def test_ablations_by_hand(tmp_path, capsys):
     ablations.main(["stepprune", "--results", str(tmp_path)])
     page = (tmp_path / "ablations/stepprune.md").read_text()
     assert page.splitlines()[2:] == [
-        "| base | 98.0 ±1.4, +0.0 | 95.0 ±1.4, +0.0 | 94.6, +0.0 |",
+        "| base | 98.0 ±1.4, +0.0 | 95.0 ±1.4, +0.0 | 94.7, +0.0 |",
         "| base exactly | 91.0 ±1.4, -7.0 | 82.0 ±2.8, -13.0 | - |",
         "| causal | 96.0 ±1.4, -2.0 | 91.0 ±1.4, -4.0 | 92.4, -2.2 |"]
     assert page.strip() in capsys.readouterr().out
