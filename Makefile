@@ -64,14 +64,16 @@ conditional := --method recon --select_after_layer 2
 results: $(METHODS) ablations headline cards rivals classify speed
 BUDGETS = --budgets 48 32 16
 autoselect stepprune: ASKED = 2000
+autoselect: WAYS = --ways gated
 stepprune: WAYS = --ways exactly
 recon: ASKED = 1000
 recon: BUDGETS = --budgets 72 58 32 16 8
 $(METHODS): .venv/ready
 	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --sample $(ASKED) $(BUDGETS) $(WAYS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%)
 	rm -rf results/$@_tiny/selector
+	mkdir -p results/$@_tiny
 	cp -r runs/$@_s0/selector results/$@_tiny/selector
+	$(BIN)/python evaluate.py --sample $(ASKED) $(BUDGETS) $(WAYS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%)
 $(AUTO_VARIANTS) $(STEP_VARIANTS): ASKED = 2000
 $(RECON_VARIANTS): ASKED = 600
 $(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8

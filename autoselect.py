@@ -105,8 +105,7 @@ def block(width: int, heads: int) -> nn.TransformerEncoderLayer:
 
 
 class Scorer(nn.Module):
-    """s = Linear(Blocks(v)): all tokens look at one another, each gets a number.          Eq.
-    (3)"""
+    """s = Linear(Blocks(v)): all tokens look at one another, each gets a number.       Eq. (3)"""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()

@@ -208,11 +208,11 @@ def report(config: EvalConfig, folder: Path, out: Path) -> list[dict]:
     lines = scores.summarise(files, config.seed, config.resamples)
     quoted = scores.printed(lines, config.backbone or scores.backbone(header["model"]))
     print(f"\n{tables.opening(lines, quoted)}")
-    text = tables.report(lines, quoted, header)
-    found = {"header": header, "lines": lines, "printed": quoted}
-    runs.write_text(out / "benchmarks.json", json.dumps(found, indent=1))
-    runs.write_text(out / "benchmarks.md", text + "\n")
-    runs.write_text(out / "summary.md", tables.summary(lines) + "\n")
+    numbers = {"header": header, "lines": lines, "printed": quoted}
+    runs.write_text(out / "benchmarks.json", json.dumps(numbers, indent=1))
+    for name, text in (("benchmarks", tables.report(lines, quoted, header)),
+                       ("table", tables.headline(lines)), ("summary", tables.summary(lines))):
+        runs.write_text(out / f"{name}.md", text + "\n")
     card = out / "selector/README.md"
     if card.exists():
         tables.refresh(card)

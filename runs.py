@@ -148,7 +148,10 @@ def load_method(name: str):
     """The module of a method. Raises ValueError naming what a file lacks, or what there is."""
     known = [stem for stem in method_names() if stem.startswith(name)]
     stem = name if name in known or len(known) != 1 else known[0]
-    if not stem.isidentifier() or importlib.util.find_spec(stem) is None:
+    spec = importlib.util.find_spec(stem) if stem.isidentifier() else None
+    # looked at before it is imported: the name may come from a selector that was downloaded
+    is_file = spec is not None and str(spec.origin).endswith(".py")
+    if not is_file or "class Config" not in Path(spec.origin).read_text(encoding="utf-8"):
         raise ValueError(f"method={name!r}: expected one of {', '.join(method_names())}, or a file "
                          f"{name}.py where Python finds it")
     module = importlib.import_module(stem)

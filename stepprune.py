@@ -102,7 +102,7 @@ class Config(Sizes):
         default=0.98, help="discount of Eq. 11 [ours; the paper's value not available]")
     aggregation: Literal[AGGREGATIONS] = HfArg(
         default="full", help="Eq. 11 [paper]; the others are Table 4's ablations")
-    causal: bool = HfArg(default=False, help="Table 4's causal encoder")
+    causal: bool = HfArg(default=False, help="Table 4's causal encoder; False [paper]")
     k_rule: Literal["expected", "batch_mean"] = HfArg(
         default="expected", help="K of Eq. 12: each row's expected count [ours], or K_bar [paper]")
     momentum: float = HfArg(default=0.9, help="of K_bar, the running mean count [ours]")

@@ -84,6 +84,7 @@ def run_colours(n: int) -> list:
 def draw_panel(axis, lines, curves, name, rivals, runs, style, name_runs: bool) -> None:
     """One benchmark and kind of rival; labels are left at axis.ends for place_labels()."""
     axis.ends = []
+    names = tables.short_names([*rivals, *runs])
     for method in [*rivals, *runs]:                    # runs last, on top
         own = [line for line in curves if line["method"] == method and name in line["scores"]]
         own.sort(key=lambda line: line["costs"][name]["layer_mean"])
@@ -99,7 +100,7 @@ def draw_panel(axis, lines, curves, name, rivals, runs, style, name_runs: bool) 
             low, high = zip(*(band(line["scores"][name]) for line in own))
             axis.fill_between(x, low, high, color=colour, alpha=.18, lw=0)
         if name_runs or not is_run:
-            axis.ends.append((x[-1], y[-1], Path(method).name, colour, is_run))
+            axis.ends.append((x[-1], y[-1], names[method], colour, is_run))
     full = [line for line in lines if line["K"] == 0 and name in line["scores"]]
     for line in full[:1]:
         value, tokens = line["scores"][name]["value"], line["costs"][name]["layer_mean"]

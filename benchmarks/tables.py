@@ -76,6 +76,17 @@ def label(line: dict) -> str:
     return line["method"] if n == 1 else f"{line['method']}, mean of {n}"
 
 
+def short_names(methods: list[str]) -> dict[str, str]:
+    """{method: what a picture calls it}: of a run the last folder that says something, unless two
+    runs would be called the same."""
+    short = {}
+    for method in methods:
+        folder, _, way = method.partition(" ")
+        name = Path(folder.removesuffix("/selector")).name
+        short[method] = f"{name} {way}".strip() if "/" in folder else method
+    return short if len({*short.values()}) == len(short) else {name: name for name in methods}
+
+
 def number(value: float | None, sd: float | None = None) -> str:
     """A percentage with its standard deviation over seeds."""
     if value is None or np.isnan(value):
@@ -159,9 +170,10 @@ def missing_averages(lines: list[dict]) -> list[str]:
 
 
 def summary(lines: list[dict]) -> str:
-    """Average retention in percent, a row a method, a column a K, best first at the smallest K; of
-    runs that differ in the seed alone mean ± standard deviation. In brackets the mean number of
-    visual tokens in a layer of the language model, where it is not what is kept."""
+    """Average retention in percent, a row a method, a column a K, the unpruned model above, then
+    best first at the smallest K; of runs that differ in the seed alone mean ± standard deviation.
+    In brackets the mean number of visual tokens in a layer of the language model, where it is not
+    what is kept."""
     budgets = sorted({line["K"] for line in lines if not isinstance(line["K"], str) and line["K"]},
                      reverse=True)
     methods = {}
@@ -172,11 +184,14 @@ def summary(lines: list[dict]) -> str:
     def at_smallest(method: str) -> float:
         line = methods[method].get(budgets[-1])
         return -line["average"] if line else 0.
-    rows = []
+    full = [line for line in lines if line["K"] == 0 and line["average"] is not None]
+    rows = [["all tokens", *(number(line["average"]) for _ in budgets)] for line in full[:1]]
+    names = short_names([*methods])
     for method in sorted(methods, key=at_smallest):
         by_k = methods[method]
-        rows.append([method, *(in_layers(by_k[k]) if k in by_k else "-" for k in budgets)])
-    return markdown(["method", *map(budget, budgets)], rows)
+        cells = [in_layers(by_k[k]) if k in by_k else "-" for k in budgets]
+        rows.append([names[method], *cells])
+    return markdown(["method", *(f"K = {budget(k)}" for k in budgets)], rows)
 
 
 def in_layers(line: dict) -> str:

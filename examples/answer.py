@@ -38,14 +38,11 @@ from benchmarks.answering import QuestionBatch
 from benchmarks.costs import Clock
 from common import FrozenVLM
 from data.pictures import oblong, open_picture
+from evaluate import many
 from examples.chat import Chat
 from runs import Selector, Way
 
 CALIBRATION_BATCH = 32                # questions at a time
-
-
-def many(default: list, text: str):
-    return field(default_factory=lambda: list(default), metadata={"help": text})
 
 
 @dataclass

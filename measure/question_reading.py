@@ -1,12 +1,12 @@
 """Does a selector inside the language model read the question (the paper's B.4)?
 
-    python -m measure.question_reading --run runs/inside_s0 runs/inside_s1 runs/inside_s2
+    python -m measure.question_reading --run runs/conditional_s0 runs/conditional_s1
 
 Two questions about one picture of the tiny world, each in front of and behind it. Writes
-condition.md: which share of the tokens is kept for both, and how much of a question's evidence, the
-tokens that show its answer, is kept for it and for the other. A selector that reads keeps others
-for another question, and more evidence for its own. Of several runs (seeds): mean and standard
-deviation.
+question_reading.md: which share of the tokens is kept for both, and how much of a question's
+evidence, the tokens that show its answer, is kept for it and for the other. A selector that reads
+keeps others for another question, and more evidence for its own. Of several runs (seeds): mean and
+standard deviation.
 """
 
 from pathlib import Path
@@ -89,7 +89,7 @@ def main(args: list[str]) -> dict[int, list[list[float]]]:
                      "for the other"],
                     [[str(k), *(cell(x) for x in zip(*measured[k]))] for k in options.budgets])
     print(text)
-    runs.write_text((options.out or Path(options.run[0])) / "condition.md", text + "\n")
+    runs.write_text((options.out or Path(options.run[0])) / "question_reading.md", text + "\n")
     return measured
 
 

@@ -41,7 +41,7 @@ def vlm(path):
 
 @pytest.fixture(scope="module")
 def stock(path):
-    """The same checkpoint, untouched by common/."""
+    """The same checkpoint, untouched by common.py."""
     return AutoModelForImageTextToText.from_pretrained(
         path, dtype=torch.float64, attn_implementation="sdpa"
     )

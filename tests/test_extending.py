@@ -4,6 +4,7 @@ The same for a backbone: tests/backbones/test_new_family.py.
 """
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,10 @@ def test_what_a_method_lacks_is_said_in_one_sentence(tmp_path, monkeypatch):
         "class Method(Selector):\n    def loss(self): pass\n")
     with pytest.raises(ValueError, match=r"half_method.py is no method, it lacks LARGE, sel"):
         runs.load_method("half_method")
-    with pytest.raises(ValueError, match="method='nothing_here': expected one of autoselect"):
-        runs.load_method("nothing_here")
+    for other in ("nothing_here", "antigravity", "sys", "tiny.scenes"):
+        with pytest.raises(ValueError, match=f"method='{other}': expected one of autoselect"):
+            runs.load_method(other)
+    assert "antigravity" not in sys.modules            # a downloaded config.json names no module
     assert runs.load_method("recon") is runs.load_method("recon_selector")
 
 

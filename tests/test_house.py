@@ -3,9 +3,12 @@
 import ast
 import io
 import tokenize
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+
+import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 # each may import those before it, and what its own room holds; methods stand on one floor, but that
@@ -71,6 +74,14 @@ def code_lines(text: str) -> list[str]:
         if token.type not in layout and not token.string.startswith(('"""', 'r"""')):
             numbers |= {*range(token.start[0], token.end[0] + 1)}
     return [line for number, line in enumerate(text.splitlines(), 1) if number in numbers]
+
+
+@pytest.mark.parametrize("name", runs.method_names())
+def test_every_option_of_a_method_says_whose_its_default_is(name):
+    own = runs.options_class(runs.load_method(name).Config)
+    for option in fields(own):
+        text = option.metadata["help"]
+        assert "[paper" in text or "[ours" in text or text.startswith("..."), option.name
 
 
 def test_pages_are_short_and_the_first_says_what_it_is():

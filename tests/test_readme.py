@@ -19,7 +19,11 @@ def commands() -> list[tuple[str, str]]:
     """(page, command) of every line of every bash block."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S):
+        text = (ROOT / page).read_text()
+        for inline in re.findall(r"`(python [^`]+)`", text):
+            if not re.search(r"\b[A-Z]{3,}\b", inline):      # NAME stands for many
+                found.append((page, " ".join(inline.split())))
+        for block in re.findall(r"```bash\n(.*?)```", text, re.S):
             lines = [line.split("#")[0].strip() for line in block.splitlines()]
             found += [(page, line) for line in lines if line]
     return list(dict.fromkeys(found))

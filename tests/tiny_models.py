@@ -2,8 +2,8 @@
 FrozenVLM.from_pretrained().
 
 The weights are scaled up on purpose: at the usual initialisation a random model says the same
-whatever it is
-given, so a wrong position or mask would hide below any tolerance. Here it moves a logit by about 1.
+whatever it is given, so a wrong position or mask would hide below any tolerance. Here it moves a
+logit by about 1.
 
 Seeds other than 0: with 0 the model would say too much of the same for a test of where answers
 stop.

@@ -1,12 +1,10 @@
 """A small ViT that names the colour of a scene's largest shape: `python tiny/classifier.py` makes
 tiny/vit.
 
-It judges a selection without a language model (benchmarks/classify.py). Shown are what it learns
-from: a random share
-of each picture's patches, as a masked autoencoder sees them, so that it knows no picture but in
-part; and, for a head
-that is thrown away, the kind and the colour that stand in each patch, without which it takes many
-times as long.
+It judges a selection without a language model (measure/classify.py). Shown are what it learns from:
+a random share of each picture's patches, as a masked autoencoder sees them, so that it knows no
+picture but in part; and, for a head that is thrown away, the kind and the colour that stand in each
+patch, without which it takes many times as long.
 """
 
 import argparse

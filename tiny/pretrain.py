@@ -2,23 +2,18 @@
 (or qwen2_5_vl).
 
 Both are real Hugging Face classes with small configs, saved like any checkpoint, so
-`from_pretrained` loads them
-by the code path that loads 7B weights. The recipe, in order (each stage is resumed where it was
-killed):
+`from_pretrained` loads them by the code path that loads 7B weights. The recipe, in order (each
+stage is resumed where it was killed):
 
     pool       render the training scenes once
-    vision     tower + projector learn a label per patch: kind, colour, cell, letter and its
-    place, "here is a
-               thing's centre", all read against the language model's own word embeddings, so that
-               an image token
-               arrives in the language model as a sum of words; [CLS] learns what stands in the
-               scene
+    vision     tower + projector learn a label per patch: kind, colour, cell, letter and its place,
+               "here is a thing's centre", all read against the language model's own word
+               embeddings, so that an image token arrives in the language model as a sum of words;
+               [CLS] learns what stands in the scene
     language   projector + language model on frozen vision features: a caption in half of the
-    sequences, then a
-               dozen questions packed as turns of one dialogue; in half of the sequences random
-               BACKGROUND tokens
-               are hidden (positions kept), or else the model would count by density and break
-               when pruned
+               sequences, then a dozen questions packed as turns of one dialogue; in half of the
+               sequences random BACKGROUND tokens are hidden (positions kept), or else the model
+               would count by density and break when pruned
     save       bf16 safetensors, tokenizer, processor and chat template into tiny/<model>/
 """
 
@@ -166,10 +161,8 @@ def save_processor(name, tok, out):
 
 def flash_windows(module, query, key, value, attention_mask, scaling, cu_seq_lens_q=None, **_):
     """Windowed attention spelled out, all windows of one length at once: query, key, value (1,
-    heads, S, D), windows
-    cut at cu_seq_lens_q. Stock attention loops over the windows, two thousand times a step. Only
-    names with "flash"
-    in them are handed the cuts."""
+    heads, S, D), windows cut at cu_seq_lens_q. Stock attention loops over the windows, two thousand
+    times a step. Only names with "flash" in them are handed the cuts."""
     lengths, heads, rows = cu_seq_lens_q.diff(), [], []
     with torch.autocast(query.device.type, enabled=False):
         for n in lengths.unique().tolist():
@@ -428,9 +421,8 @@ def dialogue(name, vocab, turns):
 
 
 def language_batch(name, vocab, index, rng, hide=True):
-    """ids, labels, mask (B, L), right-padded, and the family of every turn; half of the rows hide
-    a random share of
-    the background tokens (0 in mask)."""
+    """ids, labels, mask (B, L), right-padded, and the family of every turn; half of the rows hide a
+    random share of the background tokens (0 in mask)."""
     rows, hidden, families = [], [], []
     for i in index:
         scene = scene_of(name, int(i))
@@ -478,9 +470,9 @@ def language_logits(name, model, ids, mask, visual, size):
 
 
 class Trainer:
-    """Muon for the matrices, AdamW for the rest, cosine with warm-up; batches are a function of
-    the step, so a
-    resumed run is the same run. A checkpoint is written beside and renamed: whole or not at all."""
+    """Muon for the matrices, AdamW for the rest, cosine with warm-up; batches are a function of the
+    step, so a resumed run is the same run. A checkpoint is written beside and renamed: whole or not
+    at all."""
 
     def __init__(self, modules, steps, lr, path, every=250):
         self.modules, self.steps, self.lr, self.path, self.every, self.step = (
@@ -667,10 +659,10 @@ def main():
         "--batch", type=int, default=64, help="pictures a step; divides 64 [%(default)s]"
     )
     parser.add_argument(
-        "--language-batch", type=int, default=32, help="dialogues a step [%(default)s]"
+        "--language_batch", type=int, default=32, help="dialogues a step [%(default)s]"
     )
-    parser.add_argument("--vision-steps", type=int, default=1600, help="[%(default)s]")
-    parser.add_argument("--language-steps", type=int, default=1800, help="[%(default)s]")
+    parser.add_argument("--vision_steps", type=int, default=1600, help="[%(default)s]")
+    parser.add_argument("--language_steps", type=int, default=1800, help="[%(default)s]")
     parser.add_argument(
         "--lr", type=float, default=3e-3, help="of Muon and AdamW, after warm-up [%(default)s]"
     )
@@ -678,7 +670,7 @@ def main():
     args = parser.parse_args()
     if 64 % args.batch or 64 % args.language_batch or args.pool % 64:
         parser.error(
-            f"--batch {args.batch} and --language-batch {args.language_batch} must divide 64, and "
+            f"--batch {args.batch} and --language_batch {args.language_batch} must divide 64, and "
             f"--pool {args.pool} must be a multiple of it: pictures of one shape come in runs of 64"
         )
     name, device = args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")

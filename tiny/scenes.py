@@ -2,22 +2,18 @@
 by default.
 
 A scene is a pure function of its seed: a textured, cluttered background, one to seven shapes (8
-kinds x 8
-colours, none overlapping) and up to two signs that carry three letters. Because the world is
-ours, we know for
-every question which pixels are its evidence, hence which visual tokens a selector ought to keep.
+kinds x 8 colours, none overlapping) and up to two signs that carry three letters. Because the world
+is ours, we know for every question which pixels are its evidence, hence which visual tokens a
+selector ought to keep.
 
     scene = make_scene(seed)                  objects and their boxes, no pixels yet
     image = render(scene)                     a PIL picture; same seed, same bytes
-    for q in questions(scene, rng): ...       family, question, answer, indices of the evidence
-    objects
-    coverage(scene, rows, columns)            (objects, rows*columns) share of each cell that an
-    object covers
+    for q in questions(scene, rng): ...       family, question, answer, objects of the evidence
+    coverage(scene, rows, columns)            (objects, rows*columns) share of each cell covered
 
 Splits are disjoint ranges of seeds, see SPLITS. Letters of a sign stand on the 12-pixel lattice
-(one letter per
-visual token, give or take a pixel): a 144-pixel picture holds little text, and reading it must be
-learnable.
+(one letter per visual token, give or take a pixel): a 144-pixel picture holds little text, and
+reading it must be learnable.
 """
 
 import math
@@ -106,8 +102,7 @@ def make_scene(seed: int, size: tuple[int, int] = (144, 144)) -> Scene:
     pixels.
 
     A colour-and-kind pair appears once in most scenes; repeats are drawn on purpose, so that
-    counting is needed.
-    Raises ValueError for a size that the letters' lattice does not fit.
+    counting is needed. Raises ValueError for a size that the letters' lattice does not fit.
     """
     if any(side % CELL or side < 96 for side in size):
         raise ValueError(

@@ -196,8 +196,8 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_their_spread(known):
         line_of("runs/c_s0 mask", "mask", 50.0),
     ]
     assert tables.summary(lines).splitlines() == [
-        "| method | 50.0 % | 25.0 % |", "|---|---|---|", "| b | 80.0 (20) | 70.0 |",
-        "| runs/a | 92.0 ±2.8 | 60.0 |",
+        "| method | K = 50.0 % | K = 25.0 % |", "|---|---|---|", "| all tokens | 100.0 | 100.0 |",
+        "| b | 80.0 (20) | 70.0 |", "| a | 92.0 ±2.8 | 60.0 |",
     ]
     assert tables.headline(lines).splitlines() == [
         "| method | K | kept | cat | dog | score | retention | evidence recall | select ms | "

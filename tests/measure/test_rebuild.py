@@ -48,7 +48,7 @@ def test_how_far_the_question_is_read(tmp_path):
     run = short_run(tmp_path / "run", "recon_selector", **SHORT, select_after_layer=2)
     question_reading.main(["--run", str(run), "--n_pictures", "10", "--budgets", "16", "144",
                            "--device", "cpu"])
-    rows = cells_of(run / "condition.md")
+    rows = cells_of(run / "question_reading.md")
     assert [row[0] for row in rows] == ["16", "144"]
     assert all(0 <= float(x) <= 100 for row in rows for x in row[1:])
     assert rows[1][1:] == ["100"] * 3
