@@ -105,7 +105,7 @@ def block(width: int, heads: int) -> nn.TransformerEncoderLayer:
 
 
 class Scorer(nn.Module):
-    """s = Linear(Blocks(v)): all tokens look at one another, each gets a number.       Eq. (3)"""
+    """s = Linear(Blocks(v)): all tokens attend to one another, each gets a number.    Eq. (3)"""
 
     def __init__(self, width: int, layers: int, heads: int):
         super().__init__()
@@ -284,7 +284,7 @@ class NoiseGate(Selector):
     @torch.no_grad()
     def observe(self, vlm, parts: list, step) -> None:
         """Take in mean and std per channel of all tokens of a step, on all processes. The encoder
-        is frozen, so nothing is forgotten."""
+        is frozen, so all steps weigh alike."""
         sums = []
         for _, units in parts:
             v, valid = units.pad()
@@ -341,8 +341,8 @@ class AutoSelect(NoiseGate):
         with step.autocast():
             gated, a = self(v, valid, keep, tau, step.generators(batch.owner))
 
-        # Every token is still there: the language model runs at full length, and only signal was
-        # lost, no places. Its loss is a mean over this part's answer tokens, hence the factor.
+        # The gate removes signal, not positions: the language model runs at full length. Its loss
+        # is a mean over this part's answer tokens, hence the factor.
         prompt = vlm.embed(batch.rows, units, units.flat(gated))
         loss = vlm.loss(prompt) * batch.answers / step.answers
         return loss, {"keep": torch.as_tensor(keep).float().mean().item(), "tau": tau,

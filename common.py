@@ -18,7 +18,7 @@ Shapes  B rows, M units of all images together, N most units of one image, C vis
         P patches per unit, L tokens of the prompt, D width of the language model, V vocabulary,
         T views of all images together, S image tokens of the batch
 Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/. Pruning inside the
-        language model, and attention maps, which only rivals need: baselines/.
+        language model, and attention maps for rivals: baselines/.
 """
 
 import importlib
@@ -61,7 +61,7 @@ class Units:
     views      how many views every image has; None if each has one
     has_token  (M,) bool, False for padding that LLaVA-NeXT cuts off; None if all have one
     shapes     (rows, columns) of all views; None if those of one image are alike
-    readings   name -> (M, ...), what baselines/encoder.py read off the encoder besides
+    readings   name -> (M, ...), further values per unit, such as those of baselines/encoder.py
     """
     feats: Tensor
     image_of: Tensor
@@ -398,7 +398,8 @@ class QwenAdapter(Adapter):
 
 
 def find_adapter(config) -> type[Adapter]:
-    """The family that serves a checkpoint. Raises ValueError if none does, or several."""
+    """The family that serves a checkpoint: one of the two here, else exactly one of backbones/.
+    Raises ValueError if none does, or several."""
     for family in (LlavaAdapter, QwenAdapter):
         if family.matches(config):
             return family
@@ -411,8 +412,8 @@ def find_adapter(config) -> type[Adapter]:
         names = " and ".join(family.__name__ for family in serving) or "none of the families"
         types = ", ".join(dict.fromkeys(x.model_type for x in Adapter.known if x.model_type))
         raise ValueError(f"model_type {config.model_type!r} with the vision tower {tower!r} is "
-                         f"served by {names}: expected one of {types}; a further family is one "
-                         "file in backbones/, see its README")
+                         f"served by {names}: expected one of {types}, with their own towers; a "
+                         "further family is one file in backbones/, see backbones/README.md")
     return serving[0]
 
 
@@ -456,7 +457,7 @@ def read_config(name: str) -> PreTrainedConfig:
         # names on the hub are owner/model
         is_folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"
         if is_folder and not Path(name, "config.json").exists():
-            raise OSError("there is none")
+            raise OSError("the folder has no config.json")
         values, _ = PreTrainedConfig.get_config_dict(name)
     try:
         with reading(name):
@@ -532,7 +533,7 @@ class FrozenVLM(nn.Module):
         """Load a checkpoint folder or hub name; attn: attn_implementation of transformers.
 
         random_weights: the model of the config alone, always the same weights, for memory and
-        speed without a download. Its answers mean nothing, and it says so.
+        speed without a download. Its answers are meaningless; a warning is printed.
         Raises before a weight is read: FileNotFoundError if there is no such checkpoint,
         PermissionError if it is gated, ConnectionError if the hub cannot be asked, ValueError if
         no family serves it, MemoryError if the weights do not fit the device.
@@ -580,7 +581,6 @@ class FrozenVLM(nn.Module):
             vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
             feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
             layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
-
 
     def _message(self, role: str, text: str, images: int = 0) -> dict:
         pictures = [{"type": self.adapter.kind}] * images
@@ -743,7 +743,6 @@ class FrozenVLM(nn.Module):
         words = self.lm.get_input_embeddings()(batch["question_ids"])
         return words.detach(), batch["question_mask"].bool()
 
-
     @torch.no_grad()
     def encode(self, batch) -> Units:
         """Run the vision encoder once; the projector does not run."""
@@ -784,7 +783,6 @@ class FrozenVLM(nn.Module):
         projector. Differentiable."""
         unit = torch.arange(len(feats), device=feats.device) if unit is None else unit
         return self.adapter.project(feats.to(self.dtype), unit)
-
 
     def embed(self, batch, units: Units, feats: Tensor | None = None) -> Prompt:
         """The full prompt; feats, of the same shape, replace units.feats. Differentiable."""
@@ -846,7 +844,6 @@ class FrozenVLM(nn.Module):
         full = Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"),
                       visual_left)
         return full.only(mask & (visual_left | ~is_visual))
-
 
     def _states(self, prompt: Prompt) -> Tensor:
         """(B, L, D), after the last layer and its norm."""

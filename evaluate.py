@@ -43,15 +43,15 @@ class EvalConfig:
     run: list[str] = many([], "run folders, selectors' folders or hub ids; names that differ in a "
                               "last _s0, _s1 are seeds of one; without --model: the latest run")
     model: str | None = HfArg(default=None, help="the frozen VLM; without it: the first run's own")
-    methods: list[str] = many(["random", "cls_attention"], "baselines beside the runs, or all: "
-                              + ", ".join(baselines.names()))
-    ways: list[str] = many([], "further ways in which the runs' method can be asked; its file says "
-                               "which, such as exactly or gated")
+    methods: list[str] = many(["random", "cls_attention"], "baselines beside the runs; all: each "
+                              "but evidence: " + ", ".join(baselines.names()))
+    ways: list[str] = many([], "further ways to evaluate the runs' methods, such as exactly or "
+                               "gated; a method's file says which")
     budgets: list[float] = many([48, 32, 16], "K, kept tokens, or below 1 a share of each "
                                 "picture's; their mean where the method decides how many")
     benchmarks: list[str] = many(["tiny_world"], ", ".join(benchmarks.names()))
-    sample: int = HfArg(default=0, help="questions of each benchmark, drawn at random; 0: all, of "
-                                        "the tiny world 1000")
+    sample: int = HfArg(default=0, help="questions of each benchmark, drawn at random, "
+                               "of the tiny world the first; 0: all, of the tiny world 1000")
     data_root: str | None = HfArg(default=None, help="folder with a local copy of each benchmark, "
                                                      "under its name; without it: from the hub")
     options: list[str] = many([], "of a benchmark's load(), such as pope.split=random")
@@ -119,7 +119,7 @@ def ways_of(config: EvalConfig, vlm) -> tuple[dict, dict, dict]:
     """{(name, K): Way, or None for all tokens}, {name: what its predictions depend on besides},
     {run: (selector, its Way)}."""
     named, weights, trained = {}, {}, {}
-    strange = {*config.ways}
+    unknown_ways = {*config.ways}
     for name in config.methods:
         try:
             named[name] = baselines.way(name, vlm, seed=config.seed)
@@ -135,7 +135,7 @@ def ways_of(config: EvalConfig, vlm) -> tuple[dict, dict, dict]:
         selector, about = runs.load_selector(run, vlm)
         known = [name for name in config.ways if name in selector.further_ways]
         own = selector.ways(known, config.budgets, calibration)
-        strange -= {*known}
+        unknown_ways -= {*known}
         trained[run] = (selector, own[""])
         for suffix, way in own.items():
             name = f"{run}{suffix}"
@@ -143,8 +143,8 @@ def ways_of(config: EvalConfig, vlm) -> tuple[dict, dict, dict]:
             content = (runs.read_selector(run)[0] / "model.safetensors").read_bytes()
             weights[name] = {"weights": hashlib.sha256(content).hexdigest()[:16],
                              "calibration": config.calibration if way.adaptive else None}
-    if strange:
-        raise ValueError(f"ways={sorted(strange)}: none of the runs has such a way")
+    if unknown_ways:
+        raise ValueError(f"ways={sorted(unknown_ways)}: none of the runs has such a way")
     turns = {scores.VANILLA: None}
     for name, way in named.items():
         for k in way.budgets or config.budgets:
@@ -166,7 +166,7 @@ def ask(config: EvalConfig) -> list[dict]:
     config.pad = protocol.default_pad(vlm) if config.pad == "auto" else config.pad
     prepare = protocol.prepare(vlm, config.pad)
 
-    # all benchmarks before the first is asked: what is missing is said before an hour of work
+    # load every benchmark first, so that a missing one fails at once
     questions = {name: load_questions(config, name, vlm.family, options[name])
                  for name in config.benchmarks}
     turns, weights, trained = ways_of(config, vlm)

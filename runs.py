@@ -101,7 +101,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
         """This part's share of the step's loss, and numbers to log.
 
         step: number, total, answers and rows of the whole step over all processes,
-        generators(owner), autocast(), mean(x) and sum(x) over processes; see train.Step.
+        generators(owner), autocast(), sum(x) over processes; see train.Step.
         """
 
     @abstractmethod
@@ -147,7 +147,7 @@ def method_names() -> list[str]:
 def load_method(name: str):
     """The module of a method. Raises ValueError naming what a file lacks, or what there is."""
     known = [stem for stem in method_names() if stem.startswith(name)]
-    stem = name if name in known or len(known) != 1 else known[0]
+    stem = known[0] if name not in known and len(known) == 1 else name
     spec = importlib.util.find_spec(stem) if stem.isidentifier() else None
     # looked at before it is imported: the name may come from a selector that was downloaded
     is_file = spec is not None and str(spec.origin).endswith(".py")
@@ -164,9 +164,16 @@ def load_method(name: str):
     return module
 
 
-def preset(module, encoder_width: int) -> dict:
-    """What a method trains with unless told otherwise."""
-    return module.LARGE if encoder_width >= LARGE_WIDTH else module.TINY
+def preset(module, encoder_width: int, shared: type | None = None) -> dict:
+    """What a method trains with by default. shared: the dataclass of every method's options, where
+    they are at hand; then ValueError is raised for a name that is no option."""
+    values = module.LARGE if encoder_width >= LARGE_WIDTH else module.TINY
+    owners = [shared, module.Config] if shared else []
+    known = {option.name for owner in owners for option in fields(owner)}
+    if shared and (unknown := {*values} - known):
+        raise ValueError(f"TINY or LARGE of {module.__name__}.py names {', '.join(unknown)}: "
+                         "expected options of train.py or of its Config")
+    return values
 
 
 def check_choices(config) -> None:
@@ -197,6 +204,8 @@ class Parser(HfArgumentParser):
     """Says in one line what is wrong, without the whole usage."""
 
     def __init__(self, dataclasses, **how):
+        # an abbreviated --method would choose the options of another one
+        how.setdefault("allow_abbrev", False)
         super().__init__(dataclasses, formatter_class=HelpFormatter, **how)
 
     def error(self, message: str):
@@ -204,8 +213,8 @@ class Parser(HfArgumentParser):
 
 
 def command(main: Callable) -> None:
-    """main(args) as a command: a mistake ends in one line and exit code 2, with --traceback in the
-    whole story."""
+    """main(args) as a command: an error prints one line and exits with 2; with --traceback it
+    prints the whole traceback."""
     args = [arg for arg in sys.argv[1:] if arg != "--traceback"]
     try:
         main(args)
@@ -240,7 +249,7 @@ def describe(config, selector, vlm, free: tuple) -> dict:
 
 
 def differences(there: dict, here: dict) -> str:
-    """What two dicts say differently, of the keys of `here`."""
+    """As text, the keys of `here` whose values differ."""
     return "; ".join(f"{key}: {there.get(key)!r} there, {value!r} here"
                      for key, value in here.items() if there.get(key) != value)
 

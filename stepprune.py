@@ -93,7 +93,7 @@ class Config(Sizes):
     max_text: int = HfArg(default=128, help="tokens of the longest question [ours]")
     max_steps: int = HfArg(
         default=192, help="T_max, most picks in training; in evaluation twice as many [ours: a "
-                          "third of the tokens; the paper's value not available]")
+                          "third of LLaVA's tokens; the paper's value not available]")
     layers: int = HfArg(default=2, help="encoder blocks of Eq. 3 [paper]")
     decoder_layers: int = HfArg(default=2, help="of Eq. 5, the pointer is the last [ours]")
     heads: int = HfArg(default=16, help="attention heads of all blocks [ours]")

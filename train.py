@@ -37,13 +37,14 @@ FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "eva
 @dataclass
 class TrainConfig:
     """Options of every method. Those of one method stand in its file."""
-    method: str = HfArg(default=runs.method_names()[0],
-                        help=f"the method: {', '.join(runs.method_names())}")
+    method: str = HfArg(default="", help=f"{', '.join(runs.method_names())}; its own options are "
+                                         "listed by --method NAME --help")
     model: str = HfArg(default="tiny/llava", help="folder or hub id of the frozen VLM")
     run: str = HfArg(default="runs/METHOD", help="run folder")
     seed: int = HfArg(default=0, help="of weights, data and noise")
-    steps: int = HfArg(default=0, help="optimiser steps; 0: as --epochs say")
-    epochs: float = HfArg(default=0.0, help="go through the data so often; 0: fresh scenes")
+    steps: int = HfArg(default=0, help="optimiser steps; 0: from --epochs")
+    epochs: float = HfArg(default=0.0, help="passes over the data, of scenes over --n_pictures of "
+                                            "them; 0: every scene is new")
     batch: int = HfArg(default=16, help="pictures a step, over all processes and parts")
     micro: int = HfArg(default=0, help="pictures at a time on each process, whose gradients are "
                                        "summed; 0: all that fall to it")
@@ -68,7 +69,8 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of the frozen VLM")
     random_weights: bool = HfArg(default=False, help="build --model from its config alone, for "
                                                      "smoke runs, memory and speed")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device: Literal["cpu", "cuda"] = HfArg(
+        default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     workers: int = HfArg(default=1, help="processes that read data and build batches")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     evaluate: bool = HfArg(default=True, help="make the table and the pictures at the end")
@@ -83,6 +85,8 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device='cuda': no GPU is visible, expected --device cpu")
         if self.data == "folder" and not self.images:
             raise ValueError("data='folder' needs --images, the folder")
 
@@ -90,16 +94,20 @@ class TrainConfig:
 def parse(args: list[str]) -> tuple[TrainConfig, object]:
     """Options of every method and of the chosen one, with the defaults that this model gets."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method", default=TrainConfig.method)
+    first.add_argument("--method")
     first.add_argument("--model", default=TrainConfig.model)
+    first.add_argument("--epochs")
     chosen, _ = first.parse_known_args(args)
+    if chosen.method is None:
+        runs.Parser(TrainConfig, description=__doc__).parse_args(args)          # --help ends here
+        raise ValueError(f"no method: expected --method {' or '.join(runs.method_names())}")
     module = runs.load_method(chosen.method)
     backbone = read_config(chosen.model)
     find_adapter(backbone)                      # refuses a model that no family serves
     width = backbone.vision_config.hidden_size
     parser = runs.Parser([TrainConfig, runs.options_class(module.Config)], description=__doc__)
-    parser.set_defaults(run=f"runs/{chosen.method}", **runs.preset(module, width))
-    if "--epochs" in args:
+    parser.set_defaults(run=f"runs/{chosen.method}", **runs.preset(module, width, TrainConfig))
+    if chosen.epochs:
         parser.set_defaults(steps=0)            # which would win
     config, options = parser.parse_args_into_dataclasses(args)
     config.method = module.__name__
@@ -131,10 +139,6 @@ class Step:
     def sum(self, x: Tensor) -> Tensor:
         """Over all processes."""
         return self.accelerator.reduce(x, "sum")
-
-    def mean(self, x: Tensor) -> Tensor:
-        """Over all processes."""
-        return self.accelerator.reduce(x, "mean")
 
     def autocast(self):
         """The selector's part of loss() runs in it; the frozen VLM has a type of its own."""
@@ -204,7 +208,7 @@ def train(config: TrainConfig, options) -> Path:
     """Train to the end, or on from the last checkpoint. options: the method's own, as parse()
     gives them. Returns the run folder."""
     module, run = runs.load_method(config.method), Path(config.run)
-    accelerator = Accelerator(cpu=not config.device.startswith("cuda"))
+    accelerator = Accelerator(cpu=config.device == "cpu")
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), accelerator.device,
                                     random_weights=config.random_weights)
     frozen = sum(p.numel() for p in vlm.parameters())
@@ -300,21 +304,20 @@ def check_fit(config: TrainConfig, selector, processes: int) -> None:
     config.micro = config.micro or max(config.batch // processes, 1)
     if config.batch % (processes * config.micro):
         raise ValueError(f"batch={config.batch} on {processes} processes, micro={config.micro}: "
-                         f"expected a multiple of {processes * config.micro}, so that all get as "
-                         "much")
+                         f"expected a multiple of {processes * config.micro}, so that every part "
+                         "gets the same number")
     if config.cache_features and selector.rows == "question twice":
-        raise ValueError(f"cache_features={config.cache_features!r} holds what the vision encoder "
-                         "says, and this method reads the language model's states: leave it out")
+        raise ValueError(f"cache_features={config.cache_features!r} holds vision features, but "
+                         "this method reads the language model's states: leave it out")
 
 
 def main(args: list[str]) -> None:
     config, options = parse(args)
     run = train(config, options)
-    if not Accelerator().is_main_process:
-        return
-    if config.evaluate and not config.random_weights:
-        evaluate.main(["--run", str(run), "--model", config.model, "--device", config.device])
-    if config.push:
+    if config.evaluate and not config.random_weights:         # every process answers its share
+        evaluate.main(["--run", str(run), "--model", config.model, "--device", config.device,
+                       "--dtype", config.dtype])
+    if config.push and Accelerator().is_main_process:
         HfApi().create_repo(config.push, exist_ok=True)
         HfApi().upload_folder(repo_id=config.push, folder_path=run / "selector")
         print(f"shared: https://huggingface.co/{config.push}")

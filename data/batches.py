@@ -186,6 +186,7 @@ def cached(config, vlm: FrozenVLM, data: Items) -> FeatureCache:
     if config.data == "scenes":
         source = f"scenes of seed {config.seed}"
     key = {"fingerprint": vlm.fingerprint(), "dtype": config.dtype, "pictures": len(data),
+           "data": config.data, "split": config.split,
            "source": source}
     cache = FeatureCache(config.cache_features, key, vlm.dtype)
     missing = Subset(data, range(len(cache), len(data)))

@@ -74,6 +74,9 @@ def test_what_a_method_lacks_is_said_in_one_sentence(tmp_path, monkeypatch):
         "class Method(Selector):\n    def loss(self): pass\n")
     with pytest.raises(ValueError, match=r"half_method.py is no method, it lacks LARGE, sel"):
         runs.load_method("half_method")
+    monkeypatch.setitem(runs.load_method("toy_method").TINY, "sparsty", 1)
+    with pytest.raises(ValueError, match="TINY or LARGE of toy_method.py names sparsty"):
+        train.parse(["--method", "toy_method"])
     for other in ("nothing_here", "antigravity", "sys", "tiny.scenes"):
         with pytest.raises(ValueError, match=f"method='{other}': expected one of autoselect"):
             runs.load_method(other)

@@ -115,6 +115,7 @@ def test_a_run_of_another_backbone_or_a_half_finished_one_is_refused(tmp_path, v
     (dict(steps=-1), "steps=-1: expected at least 0"), (dict(batch=0), "batch=0: expected"),
     (dict(keep=[0]), r"keep=\[0.0\]: expected"), (dict(save_every=-1), "save_every=-1: expected"),
     (dict(model="./nowhere"), "no checkpoint at './nowhere'"),
+    (dict(device="tpu"), "invalid choice: 'tpu'"), (dict(meth="stepprune"), "unrecognized|not used"),
     (dict(method="best"), "method='best': expected one of autoselect, recon_selector, stepprune"),
     (dict(data="folder"), "needs --images"), (dict(gate="typo"), "invalid choice: 'typo'"),
     (dict(keep=[145]), "keep=145.0 does not fit 144"),
@@ -143,9 +144,10 @@ def test_help_shows_what_is_really_used(capsys):
         with pytest.raises(SystemExit):
             train.parse([*args, "--help"])
         return " ".join(capsys.readouterr().out.split())
-    auto, step = shown(), shown("--method", "stepprune")
+    auto, step = shown("--method", "autoselect"), shown("--method", "stepprune")
+    assert "--method" in shown() and "--hops" not in shown()
     assert "--tau_start" in auto and "--hops" not in auto and "--hops" in step
     assert "runs/stepprune" in step and "(default: None)" not in step.replace("copy", "")[-2000:]
-    options, config = train.parse([])[::-1]
+    config, options = train.parse(["--method", "autoselect"])
     assert (options.layers, options.heads, config.steps, config.batch) == (2, 4, 450, 16)
-    assert "optimiser steps; 0: as --epochs say (default: 450)" in auto
+    assert "optimiser steps; 0: from --epochs (default: 450)" in auto
