@@ -17,7 +17,7 @@ FLOORS = ["common", "runs", "backbones", "baselines", "autoselect", "stepprune",
           "tiny", "data", "benchmarks", "evaluate", "train", "measure", "examples"]
 ALONE = {"autoselect": {"common", "runs"}, "recon_selector": {"common", "runs", "baselines"},
          "stepprune": {"common", "runs", "autoselect"}, "runs": set(),
-         "tiny": {"common", "tiny", "benchmarks", "data"}}
+         "tiny": {"common"}}
 CORE = ("common.py", "autoselect.py", "train.py", "evaluate.py")
 
 
