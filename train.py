@@ -153,8 +153,7 @@ class Step:
             turn = owner[:row].count(picture)
             key = [self.seed, self.items[self.part][picture], turn]
             seed = np.random.SeedSequence(key).generate_state(1)[0]
-            generator = torch.Generator(self.accelerator.device)
-            generators.append(generator.manual_seed(int(seed)))
+            generators.append(torch.Generator(self.accelerator.device).manual_seed(int(seed)))
         return generators
 
 
