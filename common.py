@@ -26,25 +26,36 @@ import pkgutil
 from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from os.path import commonprefix
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import errors as hub
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    BatchFeature,
-    PreTrainedConfig,
-    Qwen2_5_VLProcessor,
-)
+from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
+from backbones.checkpoints import (
+    blank_model,
+    check_device,
+    check_room,
+    most_positions,
+    read_config,
+    read_weights,
+    reading,
+)
+
 IGNORE = -100                         # label of a token that is not part of an answer
+PROTOCOLS = ("papers", "stock")       # what the papers do to pictures and prompts; the hub's own
+# LLaVA's own frame; the chat template that comes with it on the hub lacks the first sentence
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+    "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' }}"
+    "{% for c in m['content'] %}{{ c['text'] + ' ' if c['type'] == 'text' else 'IMAGE\n' }}"
+    "{% endfor %}{% else %}{{ 'ASSISTANT: ' + m['content'][0]['text'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}")
 
 
 # ---------------------------------------------------------------------------- what a selector sees
@@ -223,13 +234,15 @@ class Adapter(ABC):
     processor_class  its from_pretrained() gives tokenizer, image processor and chat template
     kind             what the chat template calls a picture: "image", or "video" of frames
     side, unit_side  units along a side of a view, 0 at native resolution; pixels of a unit's side
+    square           whether the papers pad pictures to a square: the processor would cut them off
     For rivals that read the encoder's attention (baselines/encoder.py)
     has_cls, depth   whether the encoder has a [CLS] token; blocks that feats go through
     whole            numbers, from 0, of its blocks whose attention spans a view
     fold(x, batch)   (T, n, d) of the encoder's tokens -> (M, d), the mean over each unit's
     """
     model_type = ""
-    processor_class, kind, side, has_cls = AutoProcessor, "image", 0, False
+    processor_class, kind, side = AutoProcessor, "image", 0
+    square, has_cls = False, False
     known: list[type["Adapter"]] = []
 
     def __init_subclass__(cls, **kwargs):
@@ -301,7 +314,7 @@ class Adapter(ABC):
 class LlavaAdapter(Adapter):
     """LLaVA-1.5: CLIP, the layer that `vision_feature_layer` names, without [CLS]."""
 
-    model_type, has_cls = "llava", True
+    model_type, has_cls, square = "llava", True, True
 
     @classmethod
     def matches(cls, config):
@@ -417,82 +430,17 @@ def find_adapter(config) -> type[Adapter]:
     return serving[0]
 
 
-# ---------------------------------------------------------------------------- loading
-
-
-@contextmanager
-def reading(name: str):
-    """What goes wrong while the checkpoint `name` is read -> one sentence: cause, what to do."""
-    try:
-        yield
-    except OSError as error:
-        causes = [error]
-        while cause := causes[-1].__cause__ or causes[-1].__context__:
-            causes.append(cause)
-
-        def is_due_to(*kinds) -> bool:
-            return any(isinstance(cause, kinds) for cause in causes)
-        nowhere = f"no checkpoint at {name!r}: "
-        if is_due_to(hub.GatedRepoError):
-            raise PermissionError(
-                f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then log "
-                "in with `hf auth login` or set HF_TOKEN to a token of that account") from error
-        if is_due_to(hub.RepositoryNotFoundError):
-            raise FileNotFoundError(
-                f"{nowhere}neither a folder here nor a model on the Hugging Face hub; check the "
-                "spelling, or log in with `hf auth login` if it is private") from error
-        offline = is_due_to(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
-        if offline and not Path(name).is_dir():
-            raise ConnectionError(
-                f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
-                "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
-        raise FileNotFoundError(
-            f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
-            f"Face hub; train or download it first ({error})") from error
-
-
-def read_config(name: str) -> PreTrainedConfig:
-    """The config of a checkpoint, before anything large is read. Raises as from_pretrained()."""
-    with reading(name):
-        # names on the hub are owner/model
-        is_folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"
-        if is_folder and not Path(name, "config.json").exists():
-            raise OSError("the folder has no config.json")
-        values, _ = PreTrainedConfig.get_config_dict(name)
-    try:
-        with reading(name):
-            return AutoConfig.from_pretrained(name)
-    except (ValueError, KeyError) as error:
-        kind = values.get("model_type")
-        raise ValueError(f"{name!r} has model_type {kind!r}, which transformers does "
-                         "not know: expected a vision-language model") from error
-
-
-def blank_model(config, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:
-    """The model of a config with random weights, always the same, made on the device in dtype.
-    On "meta" it has shapes alone, in no memory."""
-    device = torch.device(device)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
-        torch.manual_seed(0)
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype,
-                                                       attn_implementation=attn)
-
-
-def weight_bytes(config, dtype=torch.bfloat16) -> int:
-    """What the weights of a config take in dtype, counted on its modules."""
-    return sum(p.numel() * p.element_size() for p in blank_model(config, dtype).parameters())
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """Memory that a device has left for new tensors; None where nothing tells."""
-    info = Path("/proc/meminfo")
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type != "cpu" or not info.exists():
-        return None
-    lines = dict(line.split(":") for line in info.read_text().splitlines())
-    return 1024 * int(lines["MemAvailable"].split()[0])
+def fingerprint(adapter: Adapter) -> dict[str, str | int]:
+    """What a selector's weights depend on. One that never saw the language model depends on
+    vision_* and feature_layer alone. vision_side: 0 for native resolution."""
+    config, vision = adapter.config, adapter.config.vision_config
+    text = config.text_config
+    return dict(
+        model_type=config.model_type, vision_width=adapter.width, vision_patch=adapter.patch,
+        vision_side=adapter.side,
+        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+        feature_layer=getattr(config, "vision_feature_layer", -1), dim=text.hidden_size,
+        layers=text.num_hidden_layers, vocabulary=text.vocab_size)
 
 
 # ---------------------------------------------------------------------------- the frozen model
@@ -501,7 +449,7 @@ def free_bytes(device: torch.device) -> int | None:
 class FrozenVLM(nn.Module):
     """A VLM that is never trained and whose visual tokens can be pruned: from_pretrained()."""
 
-    def __init__(self, model: nn.Module, processor):
+    def __init__(self, model: nn.Module, processor, protocol: str = "papers"):
         super().__init__()
         self.model = model.requires_grad_(False).eval()
         self.lm = model.model.language_model
@@ -512,6 +460,7 @@ class FrozenVLM(nn.Module):
         self.family = model.config.model_type
         self.width = self.adapter.width                       # C, of a patch after the encoder
         self.dim = model.config.text_config.hidden_size       # D, of the language model
+        self.limit = most_positions(model.config.text_config)
         self.unit_side = self.adapter.unit_side               # pixels that a unit is high and wide
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.image_id = self.adapter.token_id
@@ -522,42 +471,72 @@ class FrozenVLM(nn.Module):
                             else self.tokenizer.convert_ids_to_tokens(start))
         self.tokenizer.padding_side = "left"
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self._use(protocol)
         # Qwen's template ends an answer itself, LLaVA's does not, and a model must learn to stop
-        ask, answer = self._message("user", "a"), self._message("assistant", "b")
-        tail = self._template([ask, answer])[len(self._template([ask], generation=True)):]
-        self.end = self.tokenizer.eos_token if tail.strip() == "b" else ""
+        ask, answer = self._message("user", "a"), self._message("assistant", "\ue000")
+        mark = self._template([ask, answer]).partition("\ue000")[2].strip()
+        self.end = "" if mark else self.tokenizer.eos_token
+        # without generation settings, or with another model's, an answer would never end
+        settings = model.generation_config
+        ends = settings.eos_token_id
+        ends = {*([ends] if isinstance(ends, int) else ends or []),
+                self.tokenizer.convert_tokens_to_ids(mark or self.end)}
+        ends -= {None, self.tokenizer.unk_token_id}
+        settings.eos_token_id = sorted(ends) or [self.tokenizer.eos_token_id]
+
+    def _use(self, protocol: str) -> None:
+        """What the papers do, where this VLM is one of LLaVA's: pictures padded to a square, and
+        the frame of prompts that Vicuna was trained with. Elsewhere the two protocols are one."""
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={protocol!r}: expected {' or '.join(PROTOCOLS)}")
+        turn = self._template([self._message("user", "a", 1)], generation=True)
+        is_vicuna = turn.strip() == f"USER: {self.image_token}\na ASSISTANT:"
+        of_papers = protocol == "papers" and (self.adapter.square or is_vicuna)
+        self.protocol = "papers" if of_papers else "stock"
+        self.colour = None                                     # of what pads a picture
+        if of_papers and self.adapter.square:
+            self.colour = tuple(int(255 * x) for x in self.processor.image_processor.image_mean)
+        if of_papers and is_vicuna:
+            self.processor.chat_template = VICUNA.replace("IMAGE", self.image_token)
 
     @classmethod
     def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa",
-                        random_weights: bool = False) -> "FrozenVLM":
+                        random_weights: bool = False, protocol: str = "papers",
+                        language: bool = True) -> "FrozenVLM":
         """Load a checkpoint folder or hub name; attn: attn_implementation of transformers.
 
+        device: "meta" gives shapes alone, at once and in no memory: to check all the rest
         random_weights: the model of the config alone, always the same weights, for memory and
         speed without a download. Its answers are meaningless; a warning is printed.
+        protocol: what the papers do to pictures and prompts, or "stock", what the hub's files say
+        language=False: without the language model, for what reads pictures alone
         Raises before a weight is read: FileNotFoundError if there is no such checkpoint,
         PermissionError if it is gated, ConnectionError if the hub cannot be asked, ValueError if
-        no family serves it, MemoryError if the weights do not fit the device.
+        no family serves it, MemoryError if the weights do not fit the device. Raises ValueError
+        for a checkpoint that lacks some of them.
         """
-        name, device = str(name_or_path), torch.device(device)
+        name, device = str(name_or_path), check_device(device, dtype)
         config = read_config(name)
         family = find_adapter(config)
         with reading(name):
             processor = family.processor_class.from_pretrained(name)
-        need, free = weight_bytes(config, dtype), free_bytes(device)
-        if free is not None and need > free:
-            raise MemoryError(
-                f"the weights of {name!r} need {need / 2**30:.1f} GiB in {dtype}, {device} has "
-                f"{free / 2**30:.1f} GiB free: choose a smaller dtype, such as bfloat16, or "
-                "another device, or end what else runs there")
-        if random_weights:
+        text = config.text_config
+        layers = text.num_hidden_layers
+        if not language:
+            text.num_hidden_layers = 0
+            text.layer_types = getattr(text, "layer_types", None) and []
+        check_room(name, config, dtype, device)
+        if random_weights and device.type != "meta":
             print(f"RANDOM WEIGHTS: OF {name} ONLY THE SHAPES ARE REAL, ITS ANSWERS MEAN NOTHING")
-            return cls(blank_model(config, dtype, device, attn), processor)
-        with reading(name):
-            # straight to the device: the CPU's memory may be smaller than the GPU's
-            model = AutoModelForImageTextToText.from_pretrained(
-                name, dtype=dtype, attn_implementation=attn,
-                device_map=None if device.type == "cpu" else {"": device})
-        return cls(model, processor)
+        if random_weights or device.type == "meta":
+            model = blank_model(config, dtype, device, attn)
+        else:
+            model = read_weights(name, config, dtype, device, attn)
+        model.config.text_config.num_hidden_layers = layers    # as fingerprint() tells
+        vlm = cls(model, processor, protocol)
+        if not language:
+            vlm.lm = model.model.language_model = model.lm_head = None
+        return vlm
 
     def train(self, mode: bool = True) -> "FrozenVLM":
         """Does nothing: a frozen model has no training mode."""
@@ -572,15 +551,7 @@ class FrozenVLM(nn.Module):
         return self.model.dtype
 
     def fingerprint(self) -> dict[str, str | int]:
-        """What a selector's weights depend on. One that never saw the language model depends on
-        vision_* and feature_layer alone. vision_side: 0 for native resolution."""
-        config, vision = self.model.config, self.model.config.vision_config
-        return dict(
-            model_type=config.model_type, vision_width=self.width, vision_patch=self.adapter.patch,
-            vision_side=self.adapter.side,
-            vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-            feature_layer=getattr(config, "vision_feature_layer", -1), dim=self.dim,
-            layers=config.text_config.num_hidden_layers, vocabulary=config.text_config.vocab_size)
+        return fingerprint(self.adapter)
 
     def _message(self, role: str, text: str, images: int = 0) -> dict:
         pictures = [{"type": self.adapter.kind}] * images
@@ -592,8 +563,13 @@ class FrozenVLM(nn.Module):
             add_generation_prompt=generation)
 
     def _dialogue(self, turns, ask_twice: bool, images: int) -> tuple[str, list[tuple[int, int]]]:
-        """Text of a dialogue, and [start, end) of its answers with their end-of-turn marks."""
-        messages, heads, spans, text = [], [], [], ""
+        """Text of a dialogue, and [start, end) of its answers with their end-of-turn marks.
+
+        Templates may write an earlier turn in another way than the last one. So signs that no text
+        holds stand for the answers at first, and tell where these belong.
+        """
+        signs = [chr(0xE000 + k) for k in range(len(turns))]           # Unicode's private use
+        messages, heads, tails = [], [], []
 
         def render(**how) -> str:
             text = self._template(messages, **how).replace(self.image_token, self.written)
@@ -601,19 +577,30 @@ class FrozenVLM(nn.Module):
                 # many templates write the image first, wherever it is put
                 first = f"{turns[0][0]} {self.image_start}"
                 text = text.replace(self.image_start, first, 1)
+            for sign in signs if self.end else ():       # behind our own mark there is no blank
+                text = text.replace(f"{sign}{self.end} ", f"{sign}{self.end}")
             return text
-        for question, answer in turns:
+        for sign, (question, answer) in zip(signs, turns):
             messages.append(self._message("user", question, 0 if messages else images))
-            text = render(generation=True)
-            heads.append(text)
+            heads.append(rest := render(generation=True))
             if answer is not None:
-                messages.append(self._message("assistant", answer.strip() + self.end))
-                text = render()
-                spans.append((len(heads[-1]), len(text.rstrip())))
-        if not all(map(text.startswith, heads)):
-            raise ValueError("this checkpoint's chat template rewrites earlier turns when one is "
-                             "added: the answers cannot be located, pass one turn per row")
-        return text, spans
+                messages.append(self._message("assistant", sign + self.end))
+                rest = render()
+                tails.append(rest.partition(sign)[2])
+        if not rest.startswith(heads[-1]):         # the last answer stands where it is asked for
+            rest = heads[-1] + signs[-1] + tails[-1]
+        text, spans = "", []
+        for k, tail in enumerate(tails):
+            before, found, rest = rest.partition(signs[k])
+            if not found or not tail:
+                raise ValueError("this checkpoint's chat template leaves out an answer, or what "
+                                 "ends it: expected one that writes every turn")
+            # what the generation prompt leaves open, such as a blank, is for the model to say
+            opening = heads[k].rpartition(signs[k - 1])[2]
+            start = len(text) + len(opening if before.startswith(opening) else before)
+            text += before + turns[k][1].strip()
+            spans.append((start, len(text) + len(commonprefix([tail.rstrip(), rest]))))
+        return text + rest, spans
 
     def unknown_words(self, text: str) -> list[str]:
         """Words, or pieces of words, that the tokenizer cannot spell."""
@@ -659,6 +646,8 @@ class FrozenVLM(nn.Module):
         """Adapter.inputs() of the rows; image_counts (B,) if a row has several pictures."""
         rows = [row if isinstance(row, list) else [row] for row in images]
         rows = [[picture.convert("RGB") for picture in row] for row in rows]
+        if self.colour:
+            rows = [[square(picture, self.colour) for picture in row] for row in rows]
         is_video = self.adapter.kind == "video"
         counts = [1 if is_video else len(row) for row in rows]
         pictures = rows if is_video else sum(rows, [])
@@ -704,13 +693,12 @@ class FrozenVLM(nn.Module):
         return batch.to(self.device if device is None else device)
 
     def _check_lengths(self, mask: Tensor) -> None:
-        limit = self.model.config.text_config.max_position_embeddings
         for row, n in enumerate(mask.sum(1).tolist()):
-            if n > limit:
+            if n > self.limit:
                 raise ValueError(
                     f"row {row} has {n} tokens, those of its image included: expected at most "
-                    f"{limit}, the language model's max_position_embeddings; shorten its turns, "
-                    "or take a smaller picture or fewer frames")
+                    f"{self.limit}, for which the language model has positions; shorten its "
+                    "turns, or take a smaller picture or fewer frames")
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
@@ -898,8 +886,7 @@ class FrozenVLM(nn.Module):
 
     def ends(self) -> Tensor:
         """The tokens that end an answer, (n,) int64."""
-        ends = self.model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends or []
+        ends = self.model.generation_config.eos_token_id or []
         return torch.tensor(ends, dtype=torch.int64, device=self.device)
 
     def texts(self, tokens: Tensor) -> list[str]:
@@ -920,6 +907,17 @@ class FrozenVLM(nn.Module):
         new, old = f"activation_{switch}", f"gradient_{switch}"
         getattr(self.lm, new if hasattr(self.lm, new) else old)()
         self.lm.train(on)                                     # it acts in training mode only
+
+
+def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The picture in the middle of a square of its longer side: what LLaVA-1.5 was trained on and
+    is tested with. colour: 0..255; LLaVA takes the mean of CLIP's pictures."""
+    side = max(image.size)
+    if image.size == (side, side):
+        return image
+    whole = Image.new("RGB", (side, side), colour)
+    whole.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return whole
 
 
 def stacked(shapes: list[tuple[int, int]]) -> tuple[int, int]:

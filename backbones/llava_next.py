@@ -13,7 +13,7 @@ class LlavaNextAdapter(LlavaAdapter):
 
     crops  the first view of a picture shows it whole, the others are crops of it: see crop_of()
     """
-    model_type, crops = "llava_next", True
+    model_type, crops, square = "llava_next", True, False
 
     def crop_of(self, batch) -> Tensor:
         """(M,) int64: for a unit of a whole picture, the crop, from 0, that shows its middle; -1

@@ -16,7 +16,7 @@ class LlavaNextVideoAdapter(LlavaAdapter):
     pooled    units along a side of a frame
     """
     model_type, processor_class, kind = "llava_next_video", ImageOnlyProcessor, "video"
-    newlines = 0
+    newlines, square = 0, False
 
     def __init__(self, model):
         super().__init__(model)

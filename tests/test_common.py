@@ -868,7 +868,9 @@ def test_frames_are_for_video_families_and_as_many_in_each_row(tmp_path, images)
             match="row 1 has a list and 1 turns: expected a PIL image, or a list of them",
         ):
             video.batch([images[:2], wrong], turns)
-    stills = FrozenVLM.from_pretrained(llava(tmp_path / "still"), dtype=torch.float64)
+    stills = FrozenVLM.from_pretrained(
+        llava(tmp_path / "still"), dtype=torch.float64, protocol="stock"
+    )
     for wrong in ([], [images[0], None]):
         with pytest.raises(
             ValueError,

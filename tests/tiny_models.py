@@ -11,7 +11,6 @@ stop.
 
 import string
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     CLIPImageProcessor,
@@ -38,6 +37,7 @@ from transformers import (
 
 from backbones import ImageOnlyProcessor
 from common import ImageOnlyQwenProcessor
+from measure import shapes
 
 WORDS = (
     "what colour is the shape how many are there red green blue one two three circle square "
@@ -81,13 +81,9 @@ QWEN_MARKS = dict(
     end_token="<|im_end|>",
 )
 
-# InternVL's, LLaVA-OneVision's: the image token alone, InternVL's processor puts <img> and </img>
-# around it
+# InternVL's: the image token alone, its processor puts <img> and </img> around it
 INTERNVL_TEMPLATE = QWEN_TEMPLATE.replace(
     "<|vision_start|><|image_pad|><|vision_end|>", "<IMG_CONTEXT>\n"
-)
-ONEVISION_TEMPLATE = INTERNVL_TEMPLATE.replace("'image'", "'video'").replace(
-    "<IMG_CONTEXT>", "<video>"
 )
 CLIP = dict(
     model_type="clip_vision_model",
@@ -142,14 +138,7 @@ def _tokenizer(marks: dict[str, str], eos: str, kind: str) -> PreTrainedTokenize
 
 def _save(model, processor, folder, seed: int) -> str:
     """Random weights of a size that makes every token matter, then a checkpoint like any other."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            fan = 1 if "embedding" in name or "embed_tokens" in name else weight[0].numel()
-            if (
-                weight.ndim > 1 or "class_embedding" in name or "newline" in name
-            ):  # norms and biases stay
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 1.5 * fan**-0.5)
+    shapes.scatter(model, seed)
     model.double().save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
@@ -351,7 +340,9 @@ def llava_onevision(folder, seed: int = 2, tokens: str = "words", **config) -> s
         }
     )
     images = LlavaOnevisionImageProcessor(size={"height": 20, "width": 20})
-    processor = ImageOnlyProcessor(images, tokenizer, chat_template=ONEVISION_TEMPLATE)
+    # its own: an earlier answer opens with a blank and a line break, the last one with a break
+    template = shapes.ONEVISION_TEMPLATE
+    processor = ImageOnlyProcessor(images, tokenizer, chat_template=template)
     return _save(LlavaOnevisionForConditionalGeneration(config), processor, folder, seed)
 
 

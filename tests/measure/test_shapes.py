@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -12,13 +13,23 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, DynamicCache
 
-from common import FrozenVLM, weight_bytes
+from backbones.checkpoints import weight_bytes
+from common import FrozenVLM
 from measure import shapes
 
 # parameters of the published checkpoints, in G, and units of one 700x500 picture
 REAL = {"llava-1.5-7b": (7.063, 576), "llava-next-vicuna-7b": (7.063, 2208),
         "qwen2.5-vl-7b": (8.292, 450), "internvl3-8b": (7.944, 13 * 256),
-        "llava-onevision-7b": (8.031, 196)}
+        "llava-onevision-7b": (8.031, 196), "llava-next-video-7b": (7.063, 144)}
+# bytes of files as the hub lists them; some lack the line break at the end
+LISTED = {
+    "llava-1.5-7b": {"chat_template.json": 700, "preprocessor_config.json": 505},
+    "llava-next-vicuna-7b": {"chat_template.json": 700, "preprocessor_config.json": 772},
+    "qwen2.5-vl-7b": {"preprocessor_config.json": 350},
+    "internvl3-8b": {"chat_template.jinja": 481, "processor_config.json": 72},
+    "llava-onevision-7b": {"chat_template.json": 826, "processor_config.json": 178},
+    "llava-next-video-7b": {"chat_template.json": 838, "preprocessor_config.json": 741,
+                            "processor_config.json": 209}}
 TURN = ("what is there ?", "a red circle")
 
 
@@ -63,11 +74,33 @@ def test_the_sizes_are_those_of_the_published_checkpoints(name, tmp_path):
     shape = AutoConfig.from_pretrained(shapes.write(name, tmp_path))
     assert weight_bytes(shape) / 2e9 == pytest.approx(billions, rel=2e-4)
     assert weight_bytes(shape, torch.float32) == 2 * weight_bytes(shape)
-    endings = sorted(path.suffix for path in tmp_path.iterdir())
-    assert endings == [".jinja", *[".json"] * 4], "and no weights"
+    assert not [*tmp_path.glob("*.safetensors")]
     vlm = FrozenVLM.from_pretrained(tmp_path, device="meta", random_weights=True)
     assert vlm.device.type == "meta" and vlm.dtype == torch.bfloat16
     assert vlm.lm.layers[0].mlp is not None
+
+
+def test_files_are_as_long_as_the_hub_lists_them(name, folder):
+    for file, size in LISTED[name].items():
+        assert Path(folder, file).stat().st_size - size in (0, 1), file
+
+
+def test_the_ends_of_an_answer_are_those_of_the_hub(name, small, tmp_path):
+    """Qwen2.5-VL alone names two; the ids are the small tokenizer's."""
+    saved = json.loads(Path(shapes.write(name, tmp_path), "generation_config.json").read_text())
+    ends = {"qwen2.5-vl-7b": ["<|im_end|>", "<|endoftext|>"], "internvl3-8b": "<|im_end|>",
+            "llava-onevision-7b": "<|im_end|>"}.get(name, "</s>")
+    assert small.tokenizer.convert_ids_to_tokens(saved["eos_token_id"]) == ends
+    assert small.tokenizer.eos_token in ends
+    begins = small.tokenizer("a").input_ids[0] == small.tokenizer.bos_token_id
+    assert begins == (ends == "</s>"), "Vicuna's texts begin with <s>, Qwen's with nothing"
+
+
+def test_a_linear_stretch_of_positions_is_read(tmp_path):
+    """LLaVA-NeXT-Video's is for more than 27 frames of 144 units."""
+    rope = AutoConfig.from_pretrained(
+        shapes.write("llava-next-video-7b", tmp_path)).text_config.rope_parameters
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 2.5)
 
 
 def test_random_weights_take_the_same_path_as_a_checkpoint(name, small):
@@ -81,7 +114,7 @@ def test_random_weights_take_the_same_path_as_a_checkpoint(name, small):
     assert small.loss(full) == small.loss(kept) and 0 < small.loss(full) < 20
     asked = small.batch([picture()], [[(TURN[0], None)]])
     pruned = small.prune(asked, units, [every[0][::9]])
-    assert pruned.embeds.shape[1] < full.embeds.shape[1] / 4
+    assert 0 < pruned.is_visual.sum() < full.is_visual.sum() / 4
     assert torch.isfinite(small.logits(pruned)).all()
     assert isinstance(small.generate(pruned, 2)[0], str)
 
@@ -109,6 +142,22 @@ def test_a_saved_model_with_random_weights_is_a_checkpoint_like_any_other(llava,
                          for vlm in (drawn, loaded)))
 
 
+def test_weights_beside_the_folder_make_every_token_matter(name, tmp_path, one_thread):
+    """One unit less, another picture, another word: each moves a logit."""
+    path = shapes.write(name, tmp_path, shrink=True, weights=True)
+    vlm = FrozenVLM.from_pretrained(path, torch.float64)
+
+    def logits(image, question: str, drop: int = 0):
+        batch = vlm.batch([image], [[(question, None)]])
+        units = vlm.encode(batch)
+        keep = units.pad()[1][0].nonzero().flatten()[drop:]
+        return vlm.logits(vlm.prune(batch, units, [keep]))[0, -1]
+    here = logits(picture(), "what is it ?")
+    for other in (logits(picture().rotate(180), "what is it ?"), logits(picture(), "what is a ?"),
+                  logits(picture(), "what is it ?", drop=1)):
+        assert (here - other).abs().max() > 1e-4
+
+
 def test_a_shape_of_fewer_layers_is_as_wide():
     config, whole = (shapes.config("llava-1.5-7b", layers=layers).text_config for layers in (4, 0))
     assert (config.num_hidden_layers, whole.num_hidden_layers) == (4, 32)
@@ -117,9 +166,12 @@ def test_a_shape_of_fewer_layers_is_as_wide():
 
 def test_the_command_writes_a_folder_that_loads(tmp_path, capsys):
     shapes.main(["llava-1.5-7b", str(tmp_path), "--shrink", "--layers", "2"])
-    assert "llava-1.5-7b without weights" in capsys.readouterr().out
+    assert "the layout of llava-hf/llava-1.5-7b-hf without weights" in capsys.readouterr().out
     vlm = FrozenVLM.from_pretrained(tmp_path, random_weights=True)
     assert len(vlm.lm.layers) == 2
+    shapes.main(["llava-1.5-7b", str(tmp_path), "--shrink", "--weights"])
+    assert "llava-1.5-7b-hf with random weights" in capsys.readouterr().out
+    assert len(FrozenVLM.from_pretrained(tmp_path).lm.layers) == 3
     with pytest.raises(ValueError, match="backbone 'llava': expected one of llava-1.5-7b, "):
         shapes.write("llava", tmp_path)
 
@@ -210,10 +262,10 @@ def test_folders_that_are_no_checkpoints(llava, tmp_path):
 
 def test_prompts_that_are_too_long_are_refused_by_row(llava):
     edit(llava, max_position_embeddings=640)
-    vlm = FrozenVLM.from_pretrained(llava, random_weights=True)
+    vlm = FrozenVLM.from_pretrained(llava, random_weights=True, protocol="stock")
     fits = vlm.batch([picture()], [[(" ".join(["red"] * 40), None)]])
     assert fits["input_ids"].shape[1] <= 640
-    says = r"row 1 has 7\d\d tokens, .*: expected at most 640, the language model's"
+    says = r"row 1 has 7\d\d tokens, .*: expected at most 640, for which the language"
     with pytest.raises(ValueError, match=says):
         vlm.batch([picture()] * 2, [[TURN], [(" ".join(["red"] * 130), None)]])
 

@@ -1,0 +1,134 @@
+"""Checkpoints of transformers, on disk or on the hub, and the device that they go to: what can go
+wrong is said in one sentence, before a weight is read."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import errors as hub
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.utils import logging
+
+
+@contextmanager
+def reading(name: str):
+    """What goes wrong while the checkpoint `name` is read -> one sentence: cause, what to do."""
+    try:
+        yield
+    except OSError as error:
+        causes = [error]
+        while cause := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(cause)
+
+        def is_due_to(*kinds) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+        nowhere = f"no checkpoint at {name!r}: "
+        if is_due_to(hub.GatedRepoError):
+            raise PermissionError(
+                f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then log "
+                "in with `hf auth login` or set HF_TOKEN to a token of that account") from error
+        if is_due_to(hub.RepositoryNotFoundError):
+            raise FileNotFoundError(
+                f"{nowhere}neither a folder here nor a model on the Hugging Face hub; check the "
+                "spelling, or log in with `hf auth login` if it is private") from error
+        offline = is_due_to(hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
+        if offline and not Path(name).is_dir():
+            raise ConnectionError(
+                f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
+                "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
+        raise FileNotFoundError(
+            f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
+            f"Face hub; train or download it first ({error})") from error
+
+
+def read_config(name: str) -> PreTrainedConfig:
+    """The config of a checkpoint, before anything large is read. Raises as from_pretrained()."""
+    with reading(name):
+        # names on the hub are owner/model
+        is_folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"
+        if is_folder and not Path(name, "config.json").exists():
+            raise OSError("the folder has no config.json")
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    try:
+        with reading(name):
+            return AutoConfig.from_pretrained(name)
+    except (ValueError, KeyError) as error:
+        kind = values.get("model_type")
+        raise ValueError(f"{name!r} has model_type {kind!r}, which transformers does "
+                         "not know: expected a vision-language model") from error
+
+
+def blank_model(config, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:
+    """The model of a config with random weights, always the same, made on the device in dtype.
+    On "meta" it has shapes alone, in no memory."""
+    device = torch.device(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype,
+                                                       attn_implementation=attn)
+
+
+def read_weights(name: str, config, dtype, device: torch.device, attn: str) -> nn.Module:
+    """The model of a checkpoint. Raises ValueError if it lacks weights, which transformers would
+    draw at random."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()              # its report on weights is the sentence below
+    with reading(name):
+        # straight to the device: the CPU's memory may be smaller than the GPU's
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            name, config=config, dtype=dtype, attn_implementation=attn, output_loading_info=True,
+            device_map=None if device.type == "cpu" else {"": device})
+    logging.set_verbosity(verbosity)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{name!r} lacks {len(missing)} of its weights, such as {missing[0]}: "
+                         "expected a whole checkpoint; download it again, or convert it to the "
+                         "layout of the Hugging Face hub")
+    return model
+
+
+def weight_bytes(config, dtype=torch.bfloat16) -> int:
+    """What the weights of a config take in dtype, counted on its modules."""
+    return sum(p.numel() * p.element_size() for p in blank_model(config, dtype).parameters())
+
+
+def check_device(name, dtype) -> torch.device:
+    """The device of this name. Raises ValueError for one that is not there or lacks the type."""
+    n = torch.cuda.device_count()
+    known = ["cpu", *["cuda"] * (n > 0), *(f"cuda:{i}" for i in range(n))]
+    if str(name) not in [*known, "cpu:0", "meta"]:
+        raise ValueError(f"device={str(name)!r}: this machine has {', '.join(known)}")
+    device = torch.device(name)
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise ValueError("dtype=bfloat16: this GPU does not have it, expected float16 or float32")
+    return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a device has left for new tensors; None where nothing tells."""
+    info = Path("/proc/meminfo")
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type != "cpu" or not info.exists():
+        return None
+    lines = dict(line.split(":") for line in info.read_text().splitlines())
+    return 1024 * int(lines["MemAvailable"].split()[0])
+
+
+def check_room(name: str, config, dtype, device: torch.device) -> None:
+    """Raises MemoryError if the weights of a config do not fit the device."""
+    need, free = weight_bytes(config, dtype), free_bytes(device)
+    if free is not None and need > free:
+        raise MemoryError(
+            f"the weights of {name!r} need {need / 2**30:.1f} GiB in {dtype}, {device} has "
+            f"{free / 2**30:.1f} GiB free: choose a smaller dtype, such as bfloat16, or another "
+            "device, or end what else runs there")
+
+
+def most_positions(config) -> int:
+    """Tokens that a language model has positions for, by a scaled rotary embedding too."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    most = config.max_position_embeddings
+    base = rope.get("original_max_position_embeddings") or most
+    return max(most, int(base * (rope.get("factor") or 1)))
