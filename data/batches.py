@@ -1,7 +1,8 @@
 """What a training step reads: pictures and dialogues, from whatever --data names, as batches."""
 
 import multiprocessing
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -11,6 +12,7 @@ from common import IGNORE, FrozenVLM, Units
 from data.dialogues import Dialogues, training_sizes
 from data.epochs import Epochs
 from data.feature_cache import FeatureCache
+from data.fit import Fit
 from data.parquet import Shards, Stream
 from data.pictures import Pictures, oblong
 from data.sources import SOURCES, describe, open_source
@@ -25,7 +27,7 @@ class Batch:
     pictures  what FrozenVLM.encode() takes
     rows      what embed(), question() and loss() take: row r shows picture owner[r]; None where
               no text is read
-    skipped   "where: cause" of every sample that was unreadable or of no use
+    skipped   "where: cause" of every sample that was unreadable, of no use, or cut
     units     the pictures' Units, where a FeatureCache has them
     """
     pictures: BatchFeature
@@ -49,12 +51,24 @@ class Batch:
         return replace(self, pictures=pictures, rows=rows, units=units)
 
     @property
+    def size(self) -> int:
+        """What its memory grows with: tokens, or pixels where no text is read."""
+        return (self.pictures["pixel_values"] if self.rows is None
+                else self.rows["input_ids"]).numel()
+
+    @property
     def answers(self) -> int:
         """Answer tokens that the language model has to predict; 0 without rows."""
         if self.rows is None:
             return 0
         # nothing predicts a row's first token
         return int((self.rows["labels"][:, 1:] != IGNORE).sum())
+
+
+def causes(skipped: Iterable[str]) -> Counter:
+    """How many of some "where: cause" have which cause; what is special to one stands behind a
+    second colon, and does not count."""
+    return Counter(line.partition(": ")[2].partition(": ")[0] for line in skipped)
 
 
 class Items(Dataset):
@@ -98,9 +112,11 @@ def open_data(config, vlm: FrozenVLM, rows: str) -> Items:
         # the caption comes first: a text to learn from, but nobody's question
         first = 0 if rows == "dialogue" else 1
         return Items(scenes, lambda item: (item[0], item[1][first:], []))
-    data = open_source(config.data, config.path, config.split, config.prompt, config.images, oblong)
+    fit = Fit(vlm, rows, config.questions)
+    data = open_source(config.data, config.path, config.split, config.prompt, config.images, oblong,
+                       fit)
     print(describe(data))
-    return Items(data, lambda item: (item[0], item[1][:config.questions], item[2]))
+    return Items(data, lambda item: item)
 
 
 # ------------------------------------------------------------------------------------ batches
@@ -145,7 +161,7 @@ def batches(config, vlm: FrozenVLM, data: Items, rows: str, first_step: int, ran
     total = config.steps * config.batch
     if isinstance(data.data, Shards):
         # a stream shuffles itself, block by block
-        data = Items(Stream(data.data, 0, total, config.seed), data.to_item)
+        data = Items(Stream(data.data, 0, total, config.seed, config.batch), data.to_item)
     elif config.data != "scenes" or config.epochs:
         data = Epochs(data, 0, total, config.seed)
     order = items_of(config, first_step, rank, processes)
@@ -174,9 +190,12 @@ def loader(config, data: Dataset, build: Callable, size: int,
                       multiprocessing_context="fork" if workers else None)
 
 
-def cached(config, vlm: FrozenVLM, data: Items) -> FeatureCache:
+def cached(config, vlm: FrozenVLM, data: Items, rows: str, rank: int = 0,
+           processes: int = 1) -> FeatureCache:
     """The features of all pictures, in the folder config.cache_features; missing ones are made.
 
+    Called on every process, each of which makes its share; returns when all are there.
+    rows: runs.Selector.rows
     Raises ValueError for what is streamed: its pictures have no numbers.
     """
     if isinstance(data.data, Shards):
@@ -185,11 +204,14 @@ def cached(config, vlm: FrozenVLM, data: Items) -> FeatureCache:
     source = config.images or config.path
     if config.data == "scenes":
         source = f"scenes of seed {config.seed}"
-    key = {"fingerprint": vlm.fingerprint(), "dtype": config.dtype, "pictures": len(data),
-           "data": config.data, "split": config.split,
-           "source": source}
+    # where a row's text does not fit, the next row's picture stands in
+    reads_text = has_text(config.data) and config.data != "scenes"
+    text = [rows, config.questions, config.prompt] if reads_text and rows != "picture" else None
+    key = {"model": config.model, "fingerprint": vlm.fingerprint(), "protocol": vlm.protocol,
+           "dtype": config.dtype, "pictures": len(data), "data": config.data,
+           "split": config.split, "source": source, "text": text}
     cache = FeatureCache(config.cache_features, key, vlm.dtype)
-    missing = Subset(data, range(len(cache), len(data)))
+    missing = Subset(data, cache.missing(len(data), rank, processes))
     cache.fill(len(data), loader(config, missing, collate(vlm, "picture"), config.batch),
-               lambda batch: vlm.encode(batch.to(vlm.device).pictures))
+               lambda batch: vlm.encode(batch.to(vlm.device).pictures), rank, processes)
     return cache

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import time
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -12,102 +15,146 @@ from tqdm import tqdm
 from common import Units
 
 GIB = 2**30
+PATIENCE = 1800                       # seconds without a new picture after which others are lost
 
 
 class FeatureCache:
-    """Features of numbered pictures on disk, made once, in order; a killed run goes on with them.
+    """Features of numbered pictures on disk, made once; a killed run goes on with them.
 
     folder/key.json: what they are of
-    folder/index.jsonl: a line per picture
-    folder/features.bin: the units, picture by picture
-    ends[i]: bytes in front of picture i in features.bin
+    folder/NAME.bin, NAME.jsonl: the units of some pictures, one behind another; a line for each
+    places[number]: (file, first byte, last byte + 1, its line)
+    Every process that makes features writes two files of its own, and no other touches them: so
+    several make them at a time, later runs have as many processes as they like, and what a kill
+    leaves half done is passed over.
     Raises ValueError if the folder holds the features of something else.
     """
 
     def __init__(self, folder: str | Path, key: dict, dtype: torch.dtype):
         self.folder = Path(folder)
         self.dtype = dtype
-        self.features = self.folder / "features.bin"
-        self.index = self.folder / "index.jsonl"
+        self.places = {}
+        self.read = {}                # index file -> bytes read of it, bytes of their features
         self.folder.mkdir(parents=True, exist_ok=True)
         self.check_key(key)
-        lines = []
-        if self.index.exists():
-            # a kill leaves half a line, which is dropped
-            lines = [line for line in self.index.read_text().splitlines(keepends=True)
-                     if line.endswith("\n")]
-        self.pictures = [json.loads(line) for line in lines]
-        sizes = [math.prod(picture["grid"]) * math.prod(picture["unit"]) * dtype.itemsize
-                 for picture in self.pictures]
-        self.ends = np.cumsum([0, *sizes]).tolist()
-        truncate(self.features, self.ends[-1])
-        truncate(self.index, sum(len(line.encode()) for line in lines))
+        self.refresh()
 
     def check_key(self, key: dict) -> None:
         """Write key.json, or raise ValueError naming what the one there says differently."""
         path = self.folder / "key.json"
-        there = json.loads(path.read_text()) if path.exists() else key
+        if not path.exists():
+            whole = self.folder / f"{uuid.uuid4().hex}.tmp"       # others may be writing it too
+            whole.write_text(json.dumps(key, indent=1))
+            os.replace(whole, path)
+        there = json.loads(path.read_text())
         differ = [f"{name}: {there.get(name)!r} there, {value!r} here"
                   for name, value in key.items() if there.get(name) != value]
         if differ:
             raise ValueError(f"{self.folder} holds features of something else "
                              f"({'; '.join(differ)}): name another folder")
-        path.write_text(json.dumps(key, indent=1))
+
+    def refresh(self) -> None:
+        """Read what has been added to the folder."""
+        for index in sorted(self.folder.glob("*.jsonl")):
+            features = index.with_suffix(".bin")
+            at, end = self.read.get(index, (0, 0))
+            size = features.stat().st_size
+            with open(index, "rb") as lines:
+                lines.seek(at)
+                for line in lines:
+                    if not line.endswith(b"\n"):      # a kill's, or being written
+                        break
+                    picture = json.loads(line)
+                    units = math.prod(picture["grid"]) * math.prod(picture["unit"])
+                    start, end = end, end + units * self.dtype.itemsize
+                    if end > size:
+                        break
+                    at += len(line)
+                    self.places[picture["number"]] = features, start, end, picture
+                    self.read[index] = at, end
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.places)
 
-    def fill(self, n: int, batches, encode) -> None:
-        """Append the features of pictures len(self) .. n-1: encode(batch) -> Units, of each batch.
+    def missing(self, n: int, rank: int = 0, processes: int = 1) -> list[int]:
+        """Which of n pictures a process has to make: every so many-th, if it is not there."""
+        return [i for i in range(rank, n, processes) if i not in self.places]
 
-        Prints beforehand what they will take on disk; raises OSError if that is not free.
+    def fill(self, n: int, batches, encode, rank: int = 0, processes: int = 1) -> None:
+        """Make the features of missing(n, rank, processes), in this order: encode(batch) -> Units,
+        of each batch. Then wait until other processes have made theirs.
+
+        It is the folder that is looked at: in a collective, the others' time would run out.
+        Prints beforehand what they will take on disk; raises OSError if that is not free, and
+        TimeoutError if nothing comes from the others any more.
         """
-        missing = n - len(self)
-        with open(self.features, "ab") as features, open(self.index, "a") as index:
-            for number, batch in enumerate(tqdm(batches, "features", disable=not missing)):
-                units = encode(batch)
-                if number == 0:
-                    self.check_space(units, missing)
-                self.append(units, features, index)
+        numbers = self.missing(n, rank, processes)
+        if numbers:
+            name = self.folder / uuid.uuid4().hex
+            with (open(name.with_suffix(".bin"), "wb") as features,
+                  open(name.with_suffix(".jsonl"), "w", buffering=1) as index):
+                rest = iter(numbers)
+                for number, batch in enumerate(tqdm(batches, "features", disable=rank > 0)):
+                    units = encode(batch)
+                    if number == 0:
+                        self.check_space(units, len(numbers) * processes, rank)
+                    self.append(rest, units, features, index)
+        self.refresh()
+        self.wait(n, rank)
 
-    def check_space(self, units: Units, missing: int) -> None:
+    def wait(self, n: int, rank: int) -> None:
+        """Until the features of n pictures are there."""
+        last, since = len(self), time.monotonic()
+        if last < n and rank == 0:
+            print(f"{self.folder}: waiting for other processes, {n - last} of {n} pictures missing")
+        while len(self) < n:
+            if time.monotonic() - since > PATIENCE:
+                raise TimeoutError(
+                    f"{self.folder}: {n - last} of {n} pictures are missing, and none has come for "
+                    f"{PATIENCE} s: expected a folder that all processes share, and all of them "
+                    "at work")
+            time.sleep(1)
+            self.refresh()
+            if len(self) > last:
+                last, since = len(self), time.monotonic()
+
+    def check_space(self, units: Units, missing: int, rank: int = 0) -> None:
         """Raises OSError if so many pictures like these do not fit on the disk."""
         size = units.feats.numel() * units.feats.element_size()
         need = size / len(units.grid) * missing
         free = shutil.disk_usage(self.folder).free
-        tqdm.write(f"features of {missing} pictures take about {need / GIB:.2f} GiB in "
-                   f"{self.folder}; {free / GIB:.1f} GiB are free")
+        if rank == 0:
+            tqdm.write(f"features of {missing} pictures take about {need / GIB:.2f} GiB in "
+                       f"{self.folder}; {free / GIB:.1f} GiB are free")
         if need > free:
             raise OSError(f"{need / GIB:.2f} GiB do not fit into {self.folder}: name another "
                           "folder, or leave the cache out")
 
-    def append(self, units: Units, features, index) -> None:
-        """Write the pictures of some units to the two open files."""
+    def append(self, numbers, units: Units, features, index) -> None:
+        """Write the pictures of some units, of the next of `numbers`, to the two open files."""
         n = len(units.grid)
         has_token = [None] * n
         if units.has_token is not None:
             has_token = units.has_token.cpu().split(units.counts)
         views = units.views or [None] * n
         for b, feats in enumerate(units.feats.cpu().split(units.counts)):
-            raw = feats.contiguous().view(torch.uint8).numpy().tobytes()
-            features.write(raw)
+            features.write(feats.contiguous().view(torch.uint8).numpy().tobytes())
             features.flush()          # never a line in the index without its features
             hidden = None
             if has_token[b] is not None:
                 hidden = (~has_token[b]).nonzero().flatten().tolist()
-            picture = {"grid": units.grid[b], "unit": list(feats.shape[1:]), "views": views[b],
-                       "hidden": hidden}
+            picture = {"number": next(numbers), "grid": units.grid[b],
+                       "unit": list(feats.shape[1:]), "views": views[b], "hidden": hidden}
             index.write(json.dumps(picture) + "\n")
-            self.pictures.append(picture)
-            self.ends.append(self.ends[-1] + len(raw))
 
     def units(self, numbers: list[int]) -> Units:
         """The Units of some pictures, in this order, on the CPU, without readings."""
-        whole = np.memmap(self.features, np.uint8, "r")
-        chosen = [self.pictures[i] for i in numbers]
+        places = [self.places[i] for i in numbers]
+        whole = {file: np.memmap(file, np.uint8, "r") for file, *_ in places}
+        chosen = [picture for *_, picture in places]
         feats, has_token = [], []
-        for i, picture in zip(numbers, chosen):
-            raw = torch.from_numpy(whole[self.ends[i]:self.ends[i + 1]].copy())
+        for file, start, end, picture in places:
+            raw = torch.from_numpy(whole[file][start:end].copy())
             part = raw.view(self.dtype).view(-1, *picture["unit"])
             with_token = torch.ones(len(part), dtype=torch.bool)
             with_token[picture["hidden"] or []] = False
@@ -122,8 +169,3 @@ class FeatureCache:
                      views=None if one_view else [picture["views"] for picture in chosen],
                      has_token=None if all_tokens else torch.cat(has_token))
 
-
-def truncate(path: Path, size: int) -> None:
-    """Cut a file off behind `size` bytes; made where it is missing."""
-    with open(path, "ab") as file:
-        file.truncate(size)

@@ -2,11 +2,12 @@
 
 A row of use becomes (image, turns, skipped): a PIL image in RGB; turns [(question, answer), ...],
 empty where only pictures are wanted; "where: cause" of each row of no use that was skipped to come
-to it.
+to it, and of what was cut off itself.
 """
 
 import hashlib
 import json
+import math
 import os
 from bisect import bisect
 from collections import Counter
@@ -31,6 +32,8 @@ from data.pictures import open_picture
 BLOCK = 1000
 # row groups at least that are shuffled together: neighbours may be of one class
 GROUPS = 4
+# shares of a stream that processes can read apart, a power of two
+LANES = 8
 MARK = "<image>"
 
 
@@ -57,19 +60,23 @@ class Source:
 
 @dataclass
 class Reader:
-    """A row as a dict -> (image, turns). Raises ValueError with the cause where it is of no use.
+    """A row as a dict -> (image, turns, what was cut off or None). Raises ValueError with the cause
+    where it is of no use.
 
     prompt: the question of every caption
     root: where relative paths of pictures start
     accept: may refuse a picture by a sentence that says why
+    fit: (picture, turns) -> the turns that can be used, what became of the others or None; may
+        raise ValueError with the cause
     """
     name: str
     source: Source
     prompt: str
     root: Path | None
     accept: Callable[[Image.Image], str | None] | None
+    fit: Callable[[Image.Image, list], tuple[list, str | None]] | None = None
 
-    def __call__(self, row: dict) -> tuple[Image.Image, list[tuple[str, str]]]:
+    def __call__(self, row: dict) -> tuple[Image.Image, list[tuple[str, str]], str | None]:
         if not isinstance(row, dict):
             raise ValueError(f"is a {type(row).__name__}: expected an image and a dialogue")
         content, path = self.locate(row)
@@ -86,7 +93,7 @@ class Reader:
         cause = self.accept(picture) if self.accept else None
         if cause:
             raise ValueError(cause)
-        return picture, turns
+        return picture, *(self.fit(picture, turns) if self.fit else (turns, None))
 
     def locate(self, row: dict) -> tuple[bytes | None, str | None]:
         """(content, path) of the row's picture; one of them may be missing."""
@@ -147,11 +154,11 @@ def first_useful(reader: Reader, rows: Iterable[tuple[str, dict]],
     skipped = []
     for name, row in rows:
         try:
-            image, turns = reader(row)
+            image, turns, cut = reader(row)
         except ValueError as error:
             skipped.append(f"{name}: {error}")
         else:
-            return image, turns, skipped
+            return image, turns, [*skipped, *([f"{name}: {cut}"] if cut else [])]
     raise ValueError(f"{reader.name}: none of {len(skipped)} rows in succession of {where} can be "
                      f"used; {'; '.join(skipped[:3])}")
 
@@ -315,94 +322,118 @@ def new_ones(table: pa.Table, seen: set[bytes]) -> np.ndarray:
 # ------------------------------------------------------------------------------------ a stream
 
 
-def every_item(g: int) -> bool:
-    return True
+def lanes_of(source: Shards, batch: int) -> int:
+    """In how many lanes a stream comes: at most LANES, of equal shares of a step, and not so many
+    that a lane would have less than a block of rows to shuffle."""
+    lanes = math.gcd(batch, LANES)
+    while lanes > 1 and (len(source) < lanes * BLOCK or len(source.pieces) < lanes * GROUPS):
+        lanes //= 2
+    return lanes
 
 
-class Stream(torch.utils.data.IterableDataset):
-    """Items start to stop-1 of epochs without end over Shards, those g that are `mine(g)`.
+class Stream(torch.utils.data.Dataset):
+    """Items start to stop-1 of epochs without end over Shards, in steps of `batch` items.
 
-    Item g is a function of (seed, g) alone, whatever was read before: an epoch shuffles the row
-    groups of all files, takes GROUPS or more of them to a block of at least BLOCK rows, and
-    shuffles each block. So a resumed run reads one block to go on; a shuffle buffer would have to
-    be filled anew by all that came before. Where a row is of no use the next in its block stands
-    in; a block of nothing else stops the run. Pictures are decoded when they are given out.
-    Raises ValueError for a range that is none, a negative seed, or in more than one worker process.
+    An epoch shuffles the row groups of all files and deals their rows out in lanes of equal length,
+    lane after lane. Each lane gives the same share of every step: the item at place p of a step is
+    of lane p * lanes // batch. So processes that each take an equal piece of every step each read
+    lanes of their own, a part of the data; but for a row group that two lanes meet in, no two
+    processes read the same in an epoch. What is left over, fewer rows than lanes, an epoch does
+    without; the others it has once each.
+
+    A lane comes in blocks, which are shuffled. Those of all lanes together have GROUPS row groups
+    and BLOCK rows or more, and one per lane is held in memory.
+
+    Item g is a function of (seed, batch, g) alone, whatever was read before and by how many
+    processes. So a resumed run reads one block a lane to go on; a shuffle buffer would have to be
+    filled anew by all that came before. Where a row is of no use the next in its block stands in; a
+    block of nothing else stops the run. Pictures are decoded when they are given out.
+    Raises ValueError for a range that is none, a negative seed, or an empty batch.
     """
 
-    def __init__(self, source: Shards, start: int, stop: int, seed: int = 0,
-                 mine: Callable[[int], bool] = every_item):
-        if not 0 <= start <= stop or seed < 0:
-            raise ValueError(f"start={start}, stop={stop}, seed={seed}: expected "
-                             "0 <= start <= stop and seed >= 0")
+    def __init__(self, source: Shards, start: int, stop: int, seed: int = 0, batch: int = 1):
+        if not 0 <= start <= stop or seed < 0 or batch < 1:
+            raise ValueError(f"start={start}, stop={stop}, seed={seed}, batch={batch}: expected "
+                             "0 <= start <= stop, seed >= 0 and batch >= 1")
         self.source = source
         self.range = range(start, stop)
         self.seed = seed
-        self.mine = mine
-        self.epoch = None             # that `blocks` and `starts` are of
-        self.block = None             # that `rows` are of
+        self.batch = batch
+        self.lanes = lanes_of(source, batch)
+        self.share = batch // self.lanes              # items of a step that a lane gives
+        self.length = len(source) // self.lanes       # rows of a lane in an epoch
+        self.epoch = None                             # that `plans` are of
+        self.held = {}                                # lane -> its (epoch, block), the rows of it
 
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        if worker and worker.num_workers > 1:
-            raise ValueError(f"{worker.num_workers} worker processes would each read all blocks: "
-                             "a stream takes 0 or 1")
-        for g in self.range:
-            if self.mine(g):
-                yield self[g]
+    def __len__(self):
+        return len(self.range)
 
-    def __getitem__(self, g: int) -> tuple[Image.Image, list, list[str]]:
-        epoch, place = divmod(g, len(self.source))
+    def __getitem__(self, i: int) -> tuple[Image.Image, list, list[str]]:
+        step, place = divmod(self.range[i], self.batch)
+        lane, place = divmod(place, self.share)
+        epoch, place = divmod(step * self.share + place, self.length)
         if epoch != self.epoch:
+            self.plans = self.plan(epoch)
             self.epoch = epoch
-            self.block = None
-            self.blocks = self.plan(epoch)
-            sizes = [sum(self.size(p) for p in pieces) for pieces in self.blocks]
-            self.starts = np.cumsum([0, *sizes])
-        block = int(np.searchsorted(self.starts, place, "right")) - 1
-        if block != self.block:
-            self.rows = None          # not two blocks at a time in memory
-            self.rows = self.read(block)
-            self.block = block
-        n = len(self.rows)
-        first = place - int(self.starts[block])
-        rows = (self.row((first + k) % n) for k in range(n))
-        return first_useful(self.source.reader, rows, self.source.where)
+        starts = self.plans[lane][1]
+        block = int(np.searchsorted(starts, place, "right")) - 1
+        if self.held.get(lane, [None])[0] != (epoch, block):
+            self.held.pop(lane, None)                 # not two blocks at a time in memory
+            self.held[lane] = (epoch, block), self.read(lane, block)
+        rows = self.held[lane][1]
+        n = len(rows)
+        first = place - int(starts[block])
+        named = (self.row(*rows[(first + k) % n]) for k in range(n))
+        return first_useful(self.source.reader, named, self.source.where)
 
-    def size(self, p: int) -> int:
-        """Rows of a piece that count."""
-        return len(self.source.pieces[p][3])
+    def plan(self, epoch: int) -> list[tuple[list[list[tuple[int, int, int]]], np.ndarray]]:
+        """Of every lane the blocks, and at which of its places each starts.
 
-    def plan(self, epoch: int) -> list[list[int]]:
-        """The pieces of each block."""
-        blocks, rows = [[]], 0
+        A block is a list of (piece, first, last): rows first to last-1 of a piece's.
+        """
+        lanes = [[] for _ in range(self.lanes)]
+        end = 0
         for p in shuffled(len(self.source.pieces), self.seed, epoch).tolist():
-            if rows >= BLOCK and len(blocks[-1]) >= GROUPS:
+            start, end = end, end + len(self.source.pieces[p][3])
+            for lane in range(start // self.length, min(-(-end // self.length), self.lanes)):
+                low, high = lane * self.length, (lane + 1) * self.length
+                lanes[lane].append((p, max(start, low) - start, min(end, high) - start))
+        plans = []
+        for blocks in map(self.in_blocks, lanes):
+            sizes = [sum(last - first for _, first, last in block) for block in blocks]
+            plans.append((blocks, np.cumsum([0, *sizes])))
+        return plans
+
+    def in_blocks(self, parts: list[tuple[int, int, int]]) -> list[list[tuple[int, int, int]]]:
+        """The parts of a lane, in blocks."""
+        least, groups = BLOCK / self.lanes, GROUPS / self.lanes
+        blocks, rows = [[]], 0
+        for part in parts:
+            if rows >= least and len(blocks[-1]) >= groups:
                 blocks.append([])
                 rows = 0
-            blocks[-1].append(p)
-            rows += self.size(p)
+            blocks[-1].append(part)
+            rows += part[2] - part[1]
         # few rows may happen to be all of no use
-        if rows < BLOCK and len(blocks) > 1:
+        if rows < least and len(blocks) > 1:
             short = blocks.pop()
             blocks[-1] = blocks[-1] + short
         return blocks
 
-    def read(self, block: int) -> list[tuple[int, pa.Table, int]]:
+    def read(self, lane: int, block: int) -> list[tuple[int, pa.Table, int]]:
         """(piece, its table, row in it) in the order of the items."""
-        pieces = self.blocks[block]
+        parts = self.plans[lane][0][block]
         with ThreadPoolExecutor(8) as pool:           # to wait for the network once
-            tables = list(pool.map(lambda p: self.source.table(*self.source.pieces[p][:2]),
-                                   pieces))
-        rows = [(p, table, int(row)) for p, table in zip(pieces, tables)
-                for row in self.source.pieces[p][3]]
-        # block + 1: a last 0 adds nothing to a key, which would be the epoch's
-        order = shuffled(len(rows), self.seed, self.epoch, block + 1)
+            tables = list(pool.map(lambda part: self.source.table(*self.source.pieces[part[0]][:2]),
+                                   parts))
+        rows = [(p, table, int(row)) for (p, first, last), table in zip(parts, tables)
+                for row in self.source.pieces[p][3][first:last]]
+        # block + 1: a last 0 adds nothing to a key, which would be another's
+        order = shuffled(len(rows), self.seed, self.epoch, lane, block + 1)
         return [rows[i] for i in order]
 
-    def row(self, i: int) -> tuple[str, dict]:
-        """(name, content) of a row of the block."""
-        p, table, row = self.rows[i]
+    def row(self, p: int, table: pa.Table, row: int) -> tuple[str, dict]:
+        """(name, content) of a row of a piece."""
         file, _, first, _ = self.source.pieces[p]
         name = f"{self.source.files[file]} row {first + row}"
         return name, table.slice(row, 1).to_pylist()[0]

@@ -76,8 +76,8 @@ def oblong(image: Image.Image) -> str | None:
     """
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return (f"{width}x{height} pixels: expected a side of at most {MAX_ASPECT} times "
-                "the other")
+        return (f"too oblong: {width}x{height} pixels, expected a side of at most {MAX_ASPECT} "
+                "times the other")
     return None
 
 

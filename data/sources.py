@@ -34,6 +34,7 @@ SOURCES = {
 def open_source(name: str, path: str | Path | None = None, split: str | None = None,
                 prompt: str = "Describe the image briefly.", images: str | Path | None = None,
                 accept: Callable[[Image.Image], str | None] | None = None,
+                fit: Callable[[Image.Image, list], tuple[list, str | None]] | None = None,
                 stream: bool | None = None) -> Rows | Shards:
     """Rows (map-style) of local files, or Shards to be streamed: of the hub where no path is given.
 
@@ -43,7 +44,7 @@ def open_source(name: str, path: str | Path | None = None, split: str | None = N
         given. LLaVA-665K has its pictures elsewhere, so without `path` its JSON is downloaded
         whole, and `images` must be given.
     prompt: the question of every caption [ours]; the papers do not give theirs
-    accept: may refuse a picture by a sentence that says why
+    accept, fit: see Reader
     stream: local parquet files too; or `datasets` first writes all pictures to its cache once
         more, uncompressed
     Raises ValueError for an unknown name, split or column, FileNotFoundError for what is not there
@@ -70,7 +71,7 @@ def open_source(name: str, path: str | Path | None = None, split: str | None = N
     root = images
     if root is None and path is not None:
         root = path if path.is_dir() else path.parent
-    reader = Reader(name, source, prompt, root, accept)
+    reader = Reader(name, source, prompt, root, accept, fit)
 
     if path is None:
         shards = hub(name, lambda repo, pattern: Shards(reader, hub_files(repo, pattern, split)))

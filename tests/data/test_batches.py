@@ -28,6 +28,7 @@ def config(**changes):
     """What the data room reads of a run's options."""
     options = dict(
         data="scenes",
+        model="tiny",
         path=None,
         split=None,
         prompt="what is there ?",
@@ -280,7 +281,7 @@ def test_captions_by_name_in_order_and_resumed(
 def test_cached_features_are_those_of_the_pictures(tiny, tmp_path):
     options = config(epochs=2.0, steps=3, cache_features=tmp_path / "cache")
     data = open_data(options, tiny, "picture")
-    cache = cached(options, tiny, data)
+    cache = cached(options, tiny, data, "picture")
     assert len(cache) == len(data) == 6
     for batch in read(tiny, options, "picture", data=data, cache=cache):
         units = tiny.encode(batch.pictures)
@@ -289,12 +290,12 @@ def test_cached_features_are_those_of_the_pictures(tiny, tmp_path):
     calls = []
     tiny.encode, real = lambda batch: calls.append(1) or real(batch), tiny.encode
     try:
-        cached(options, tiny, data)
+        cached(options, tiny, data, "picture")
     finally:
         del tiny.encode
     assert not calls
     with pytest.raises(ValueError, match="scenes of seed 0' there, 'scenes of seed 1' here"):
-        cached(config(**{**vars(options), "seed": 1}), tiny, data)
+        cached(config(**{**vars(options), "seed": 1}), tiny, data, "picture")
 
 
 def test_a_stream_has_no_numbers_to_cache_by(tiny, tmp_path, monkeypatch):
@@ -306,4 +307,26 @@ def test_a_stream_has_no_numbers_to_cache_by(tiny, tmp_path, monkeypatch):
     )
     data = open_data(options, tiny, "picture")
     with pytest.raises(ValueError, match="'imagenet-captions' is streamed: expected --path of a"):
-        cached(options, tiny, data)
+        cached(options, tiny, data, "picture")
+
+
+def test_features_of_other_pixels_or_other_stand_ins_are_refused(tiny, tmp_path, monkeypatch):
+    """Pictures padded or not, and rows that other rows' pictures stand in for."""
+    options = config(
+        data="imagenet-captions",
+        path=str(captions(tmp_path / "copy")),
+        cache_features=tmp_path / "cache",
+    )
+    for rows in ("picture", "dialogue"):
+        if rows == "dialogue":
+            options.cache_features = tmp_path / "another"
+        data = open_data(options, tiny, rows)
+        assert len(cached(options, tiny, data, rows)) == 6
+    with pytest.raises(ValueError, match="text: .'dialogue', 3, .* there, None here"):
+        cached(options, tiny, data, "picture")
+    with pytest.raises(ValueError, match="model: 'tiny' there, 'other' here"):
+        cached(config(**{**vars(options), "model": "other"}), tiny, data, "dialogue")
+    other = "stock" if tiny.protocol == "papers" else "papers"
+    monkeypatch.setattr(tiny, "protocol", other)
+    with pytest.raises(ValueError, match=f"protocol: .* there, '{other}' here"):
+        cached(options, tiny, data, "dialogue")

@@ -433,5 +433,6 @@ def test_pictures_that_processors_take_are_not_oblong(size):
 
 @pytest.mark.parametrize("size", [(201, 1), (2, 5000)])
 def test_a_picture_too_oblong_is_refused_with_its_size(size):
-    cause = f"{size[0]}x{size[1]} pixels: expected a side of at most 200 times the other"
+    pixels = f"{size[0]}x{size[1]} pixels"
+    cause = f"too oblong: {pixels}, expected a side of at most 200 times the other"
     assert oblong(Image.new("RGB", size)) == cause

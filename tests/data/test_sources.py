@@ -21,6 +21,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data import parquet, sources
+from data.batches import items_of
 from data.epochs import Epochs
 from data.parquet import Rows, Shards, Stream
 from data.sources import SOURCES, describe, open_source
@@ -393,7 +394,7 @@ def test_an_epoch_has_every_row_once_in_an_order_of_its_own(streamed):
     stream = Stream(streamed, 0, 90, seed=1)
     own = []
     for epoch in range(3):
-        lines = seen(stream[g] for g in range(30 * epoch, 30 * epoch + 30))
+        lines = seen(stream[i] for i in range(30 * epoch, 30 * epoch + 30))
         whole = [n for n, skipped in lines if not skipped]
         assert sorted(whole) == [i for i in range(30) if i not in (3, 4, 17, 29)]
         named = {line for _, skipped in lines for line in skipped}
@@ -424,41 +425,133 @@ def test_a_short_last_block_joins_the_one_before(tmp_path, monkeypatch):
         )
 
 
-def test_two_processes_share_the_items_and_decode_their_own_only(streamed, monkeypatch):
+# ------------------------------------------------------------ a stream on several processes
+
+
+@pytest.fixture
+def in_lanes(tmp_path, monkeypatch):
+    """101 rows in 5 shards, 30 row groups, small blocks; 8 lanes of 12 rows for a batch of 16."""
+    monkeypatch.setattr(parquet, "BLOCK", 10)
+    monkeypatch.setattr(parquet, "GROUPS", 2)
+    return open_source(
+        "imagenet-captions", captioned(tmp_path, 101, 5, bad=[3, 17], empty=[4]), stream=True
+    )
+
+
+def shares(steps, batch, processes, first_step=0):
+    """The items that each process takes, as train.py deals them out."""
+    config = SimpleNamespace(batch=batch, steps=steps)
+    return [items_of(config, first_step, rank, processes) for rank in range(processes)]
+
+
+@pytest.fixture
+def groups_read(monkeypatch):
+    """Every row group that is read from now on."""
+    read, table = [], Shards.table
+    monkeypatch.setattr(Shards, "table", lambda self, *a: read.append(a[:2]) or table(self, *a))
+    return read
+
+
+def test_lanes_are_equal_shares_of_a_step_and_hold_a_block_each(in_lanes):
+    wanted = {1: 1, 3: 1, 4: 4, 6: 2, 8: 8, 12: 4, 16: 8, 24: 8, 64: 8}
+    assert {batch: Stream(in_lanes, 0, 0, 0, batch).lanes for batch in wanted} == wanted
+    assert parquet.lanes_of(in_lanes, 64) * parquet.BLOCK <= len(in_lanes)
+    in_lanes.total = 79  # rows for 7 blocks
+    assert parquet.lanes_of(in_lanes, 16) == 4
+    in_lanes.pieces = in_lanes.pieces[:7]
+    assert parquet.lanes_of(in_lanes, 16) == 2
+
+
+@pytest.mark.parametrize("batch", [8, 12, 16])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_read_row_groups_of_their_own_and_give_what_one_gives(
+    in_lanes, groups_read, batch, processes
+):
+    steps = 96 // batch  # an epoch of 8 lanes of 12 rows; nearly one of 4 lanes of 25
+    stream = Stream(in_lanes, 0, steps * batch, 3, batch)
+    whole = seen(stream)
+    alone = set(groups_read)
+    ranks, read = {}, []
+    for items in shares(steps, batch, processes):
+        groups_read.clear()
+        own = Stream(in_lanes, 0, steps * batch, 3, batch)
+        ranks |= {i: seen([own[i]])[0] for i in items}
+        assert len(own.held) == stream.lanes // processes
+        read.append(set(groups_read))
+        # no block is read twice: only where two blocks, or two lanes, meet is a row group
+        parts = [part for lane in own.held for block in own.plans[lane][0] for part in block]
+        assert len(groups_read) <= len(parts)
+    assert [ranks[i] for i in range(steps * batch)] == whole
+    assert set.union(*read) == alone
+    # neighbours meet in one row group at most
+    for one in range(processes):
+        for other in range(one):
+            assert len(read[one] & read[other]) <= (one - other == 1)
+    assert max(map(len, read)) < len(alone) / processes + 4
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6, 16])
+def test_an_epoch_has_every_row_once_but_for_fewer_than_there_are_lanes(in_lanes, batch):
+    stream = Stream(in_lanes, 0, 0, 5, batch)
+    left_out = []
+    for epoch in range(3):
+        rows = [
+            (p, row)
+            for blocks, _ in stream.plan(epoch)
+            for block in blocks
+            for p, first, last in block
+            for row in in_lanes.pieces[p][3][first:last]
+        ]
+        assert len(rows) == len(set(rows)) == 101 - 101 % stream.lanes
+        everything = {(p, row) for p, piece in enumerate(in_lanes.pieces) for row in piece[3]}
+        left_out.append(everything - set(rows))
+    assert stream.lanes == 1 or left_out[0] != left_out[1] or left_out[1] != left_out[2]
+    # and what is planned is what is given, in whole steps of whole epochs
+    n = 101 - 101 % stream.lanes
+    if n % batch == 0:
+        given = [caption for caption, skipped in seen(Stream(in_lanes, 0, n, 5, batch))]
+        assert len(set(given)) >= n - 3
+
+
+@pytest.mark.parametrize("batch", [3, 8, 16])
+def test_a_resumed_stream_in_lanes_goes_on_and_reads_one_block_a_lane(
+    in_lanes, groups_read, batch
+):
+    total = 15 * batch
+    unbroken = seen(Stream(in_lanes, 0, total, 2, batch))
+    for start in range(0, total, batch):  # across ends of epochs, at any place in a block
+        resumed = Stream(in_lanes, start, total, 2, batch)
+        assert seen(resumed) == unbroken[start:]
+        groups_read.clear()
+        again = Stream(in_lanes, start, start + batch, 2, batch)
+        seen(again)
+        # a step may touch the end of one block and the beginning of the next
+        most = 2 * max(len(block) for blocks, _ in again.plans for block in blocks)
+        assert len(groups_read) <= most * again.lanes
+    for i in (total - 1, 2, batch + 1, 2):  # in any order
+        assert seen([Stream(in_lanes, 0, total, 2, batch)[i]])[0] == unbroken[i]
+
+
+def test_one_block_of_a_lane_is_in_memory_and_pictures_are_decoded_when_given_out(
+    in_lanes, monkeypatch
+):
     decoded, open_picture = [], parquet.open_picture
     monkeypatch.setattr(parquet, "open_picture", lambda *a: decoded.append(1) or open_picture(*a))
-    whole = seen(Stream(streamed, 4, 64, 2))
-    n = len(decoded)
-    parts = [
-        seen(Stream(streamed, 4, 64, 2, mine))
-        for mine in (lambda g: g // 4 % 2 == 0, lambda g: g // 4 % 2)
-    ]
-    assert len(decoded) == 2 * n
-    merged = [parts[g // 4 % 2].pop(0) for g in range(4, 64)]
-    assert merged == whole and not any(parts)
+    stream = Stream(in_lanes, 0, 160, 2, 16)
+    for i in range(160):
+        stream[i]
+        assert len(stream.held) <= stream.lanes == 8
+        assert all(len(rows) < 10 for _, rows in stream.held.values())
+    assert 160 <= len(decoded) < 170
 
 
-def test_a_stream_reads_only_the_blocks_that_it_gives_items_of(streamed, monkeypatch):
-    read, table = [], Shards.table
-    monkeypatch.setattr(Shards, "table", lambda self, *a: read.append(a) or table(self, *a))
-    stream = Stream(streamed, 25, 30, 0)
-    seen(stream)
-    assert len(read) == len(stream.blocks[-1]) < len(streamed.pieces) == 9
-
-
-def test_one_worker_process_gives_the_same_and_more_are_refused(streamed, monkeypatch):
-    def collate(items):
-        return seen(items)
-
-    stream = Stream(streamed, 0, 40, 3)
-    alone, worker = ([*DataLoader(stream, 8, num_workers=n, collate_fn=collate)] for n in (0, 1))
-    assert alone == worker and len(alone) == 5
-    clone = pickle.loads(pickle.dumps(stream))
-    assert seen(clone) == sum(alone, [])
-    two = SimpleNamespace(num_workers=2)  # DataLoader takes 10 s to end workers that raise
-    monkeypatch.setattr(torch.utils.data, "get_worker_info", lambda: two)
-    with pytest.raises(ValueError, match="a stream takes 0 or 1"):
-        next(iter(stream))
+def test_one_worker_process_gives_the_same(in_lanes):
+    stream = Stream(in_lanes, 0, 48, 3, 8)
+    alone, worker = (
+        [*DataLoader(stream, 8, num_workers=n, collate_fn=seen)] for n in (0, 1)
+    )
+    assert alone == worker and len(alone) == 6
+    assert seen(pickle.loads(pickle.dumps(stream))) == sum(alone, [])
 
 
 def test_the_order_of_rows_is_that_of_datasets_own_stream(streamed):
@@ -477,7 +570,9 @@ def test_the_order_of_rows_is_that_of_datasets_own_stream(streamed):
     assert ours == theirs and len(ours) == 30
 
 
-@pytest.mark.parametrize("wrong", [dict(start=-1), dict(start=5, stop=4), dict(seed=-1)])
+@pytest.mark.parametrize(
+    "wrong", [dict(start=-1), dict(start=5, stop=4), dict(seed=-1), dict(batch=0)]
+)
 def test_a_range_that_is_none_is_refused(streamed, wrong):
     with pytest.raises(ValueError, match="expected 0 <= start <= stop"):
         Stream(streamed, **{"start": 0, "stop": 9, "seed": 0, **wrong})
