@@ -31,9 +31,11 @@ What differs from the paper, or what it leaves open [ours]
 - L_pr of Eq. 4 is that of the whole step, however many parts and processes share its pictures.
 - R_im doubles the grid while it fits into a patch, then resizes to the picture exactly.
 - The three stages of training are read as three cosines, in shares of any number of steps.
-- A picture in crops (LLaVA-NeXT) is as many pictures: each is selected, and rebuilt, by itself.
-- B.4, conditional selection: F are the visual tokens' states behind a middle layer of the language
-  model, the question stands before and behind the image, and what is not kept leaves there.
+- A picture in crops (LLaVA-NeXT) is as many pictures: each is selected, and rebuilt, by itself;
+  one that is padding from edge to edge is none.
+- B.4, conditional selection: F are the units' states behind a middle layer of the language model,
+  the question stands before and behind the image, and what is not kept leaves there. A newline
+  between rows of units is no unit: it stays while one of its row does.
 """
 
 import math
@@ -104,6 +106,12 @@ class Config(Sizes):
 # steps=0: as epochs say; batch: pictures a step; autocast: matrix products in bfloat16 [ours]
 TINY = dict(steps=0, epochs=3.0, batch=16, lr=1e-3, autocast=True, layers=4, heads=4)       # ours
 LARGE = dict(steps=0, epochs=100.0, batch=32, lr=1e-5, autocast=True, layers=4, heads=16)   # paper
+# Table 2; Table 1 with Open-LLaVA-NeXT's weights: `python -m examples.headline recon`
+HEADLINE = dict(
+    model="llava-hf/llava-v1.6-mistral-7b-hf", train=dict(data="coco"), pictures=118_287,
+    deviations=("Table 2: Table 1's checkpoint is in LLaVA's own format, which has to be converted",
+                "COCO alone; the paper adds 9,000 pages of DocVQA and 9,000 charts of ChartQA: a "
+                "folder of all three is taken by --images FOLDER --train '--data folder'"))
 
 
 # ------------------------------------------------------------------------------------ Eqs. (1)-(4)
@@ -139,8 +147,9 @@ class FeatureSelector(nn.Module):
         self.head = nn.Linear(cfg.width, 2)
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        padding = ~valid & valid.any(1, keepdim=True)            # to see nothing would make NaN
         for layer in self.blocks:
-            x = layer(x, src_key_padding_mask=~valid)
+            x = layer(x, src_key_padding_mask=padding)
         return self.head(self.norm(x))                           # (B, N, 2)
 
 
@@ -252,15 +261,16 @@ def stage_rate(step: int, steps: int, stages=(0.6, 0.2, 0.2), warmup: float = 0.
 
 def per_crop(keep: int, counts: list[int]) -> list[int]:
     """`keep` tokens of a picture as so many of each of its crops, in proportion to the crops'
-    tokens and at least one of each: S was trained on one crop at a time."""
-    if not len(counts) <= keep <= sum(counts):
-        raise ValueError(f"keep={keep} of crops of {counts} tokens: expected {len(counts)} to "
+    tokens and at least one of each that has any: S was trained on one crop at a time."""
+    least = [min(n, 1) for n in counts]
+    if not sum(least) <= keep <= sum(counts):
+        raise ValueError(f"keep={keep} of crops of {counts} tokens: expected {sum(least)} to "
                          f"{sum(counts)}")
-    share = [max(keep * n // sum(counts), 1) for n in counts]
+    share = [max(keep * n // sum(counts), low) for n, low in zip(counts, least)]
     while sum(share) != keep:            # what rounding left goes to the crop furthest behind
         step = 1 if sum(share) < keep else -1
         behind = [step * (keep * n / sum(counts) - k) for n, k in zip(counts, share)]
-        free = [b for b, n in enumerate(counts) if 1 <= share[b] + step <= n]
+        free = [b for b, n in enumerate(counts) if least[b] <= share[b] + step <= n]
         share[max(free, key=lambda b: (behind[b], -b))] += step
     return share
 
@@ -298,15 +308,28 @@ class ReconSelector(Selector):
     # -------------------------------------------------------------------------------- training
 
     @torch.no_grad()
-    def read(self, vlm, batch) -> Units:
-        """The encoder's features, or the states behind a layer of the language model; every crop is
-        a picture of its own, readings["picture"] (M,) says of which one."""
+    def look(self, vlm, batch) -> Units:
+        """What select() reads of every picture: the encoder's features, or the states behind a
+        layer of the language model."""
         units = super().read(vlm, batch)
         if self.reads_language:
             prompt = vlm.embed(batch.rows, units)
             states = inside.visual_states(vlm, prompt, self.cfg.select_after_layer)
-            units = replace(units, feats=states)
-        return replace(units, readings={"picture": units.image_of}).apart()
+            units = inside.Shown.of(vlm, batch.rows, units).with_states(states)
+        return units
+
+    def read(self, vlm, batch) -> Units:
+        """by_crop() of look()."""
+        return self.by_crop(self.look(vlm, batch))
+
+    @staticmethod
+    def by_crop(units: Units) -> Units:
+        """Every crop a picture of its own, but for those without a token. Further readings (M,):
+        "picture", the number of the one that it is of, and "crop", its own among all."""
+        crops = replace(units, readings={**units.readings, "picture": units.image_of}).apart()
+        crops = replace(crops, readings={**crops.readings, "crop": crops.image_of})
+        there = crops.pad(crops.image_of)[1].any(1)
+        return crops if there.all() else crops.rows(there.nonzero().flatten().tolist())
 
     @torch.no_grad()
     def observe(self, vlm, parts: list, step) -> None:
@@ -322,11 +345,13 @@ class ReconSelector(Selector):
         variance = (square - mean.square()).clamp(min=0).float()
         count = sums[0].long()
 
-        # the mean of all steps', with the unbiased variance, as BatchNorm keeps them
+        # the mean of all steps', with the unbiased variance, as BatchNorm keeps them; a step may be
+        # one picture of one token
         self.norm.num_batches_tracked += 1
         weight = 1 / self.norm.num_batches_tracked
         self.norm.running_mean.lerp_(mean.float().to(self.masked), weight)
-        self.norm.running_var.lerp_((variance * count / (count - 1)).to(self.masked), weight)
+        variance = variance * count / (count - 1).clamp(min=1)
+        self.norm.running_var.lerp_(variance.to(self.masked), weight)
 
         self.share_of_step = None
         if step.shares > 1 and self.cfg.regulariser == "dead_zone":     # the plain one is linear
@@ -339,8 +364,9 @@ class ReconSelector(Selector):
         for i, (_, units) in enumerate(parts):
             v, valid = units.pad()
             part = step.of_part(i)
+            generators = part.generators(numbers(units, "picture"))
             with part.autocast():
-                mask = self.mask(self.standardised(v, valid), valid, part.generators(owner(units)))
+                mask = self.mask(self.standardised(v, valid), valid, generators)
                 share = kept_share(mask, valid)
             sums.append(torch.stack([share * len(valid), share.new_tensor(len(valid))]))
         total, pictures = step.sum(torch.stack(sums).double().sum(0))
@@ -350,9 +376,11 @@ class ReconSelector(Selector):
         """Eq. (8), a mean over pictures. The language model is not called."""
         cfg = self.cfg
         v, valid = units.pad()
-        pixels = vlm.adapter.pixels(batch.pictures)                      # I of every crop
+        pixels = vlm.adapter.pixels(batch.pictures)                      # of every crop
+        pixels = [pixels[crop] for crop in numbers(units, "crop")]       # I
+        generators = step.generators(numbers(units, "picture"))
         with step.autocast():
-            mask, feature, image = self(v, valid, pixels, units.grid, step.generators(owner(units)))
+            mask, feature, image = self(v, valid, pixels, units.grid, generators)
             feature = feature.mean()                                     # |F_rec - F|
             image = image.mean()                                         # |I_rec - I|
             share = kept_share(mask, valid)                              # L_pr
@@ -430,16 +458,16 @@ class ReconSelector(Selector):
     @torch.no_grad()
     def best(self, v: Tensor, valid: Tensor, keep: int | list[int] | None = None) -> list[Tensor]:
         """One ascending int64 tensor a row: the keep, or keep[b], tokens with the largest scores;
-        with None those of the hard mask, at least one.                            Section 4.1.1"""
+        with None those of the hard mask, at least one if there is any.            Section 4.1.1"""
         chosen = []
         for b, (s, here) in enumerate(zip(self.token_scores(v, valid), valid)):
             n = int(here.sum())
             k = keep[b] if isinstance(keep, list) else keep
-            if k is not None and not 0 < k <= n:
+            if k is not None and not min(n, 1) <= k <= n:
                 raise ValueError(f"keep={k} does not fit {n} visual tokens")
             s = s.masked_fill(~here, -torch.inf)
             if k is None:
-                k = max(int((s > 0).sum()), 1)
+                k = max(int((s > 0).sum()), min(n, 1))
             chosen.append(s.argsort(descending=True, stable=True)[:k].sort().values)
         return chosen
 
@@ -471,8 +499,7 @@ class ReconSelector(Selector):
 
         def after_layer(choose: Callable, budgets: tuple | None = None) -> Way:
             def stages(keep, tokens):
-                return {self.cfg.select_after_layer: lambda view: choose(
-                    inside.visual_units(view.prompt, view.prompt.embeds), keep)}
+                return {self.cfg.select_after_layer: lambda view: among_units(view, keep, choose)}
             return Way(stages=stages, ask_twice=True, budgets=budgets)
         return {
             "": after_layer(lambda units, keep: self.select(units, None, keep)),
@@ -481,9 +508,21 @@ class ReconSelector(Selector):
             " random inside": after_layer(random_tokens.select)}
 
 
-def owner(units: Units) -> list[int]:
-    """Of every crop in read()'s units the picture, an index into the batch."""
-    return units.pad(units.readings["picture"])[0][:, 0].tolist()
+def numbers(units: Units, name: str) -> list[int]:
+    """Of every crop its reading of this name."""
+    return units.pad(units.readings[name])[0][:, 0].tolist()
+
+
+def among_units(view: inside.LayerView, keep, choose: Callable) -> list[Tensor]:
+    """choose(units, K of every row) inside the language model, of the same units as in training:
+    the visual tokens that stay. K counts units, and is at most what there are."""
+    if view.shown is None:
+        raise ValueError("a selection among units got a prompt with newlines or crops: expected "
+                         "shown=Shown.of(vlm, batch, units), see baselines/inside.py")
+    units = view.shown.with_states(view.prompt.embeds[view.prompt.is_visual])
+    if isinstance(keep, int):
+        keep = [min(keep, n) for n in units.pad(units.image_of)[1].sum(1).tolist()]
+    return view.shown.tokens(choose(units, keep))
 
 
 Method = ReconSelector

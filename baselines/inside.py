@@ -4,8 +4,10 @@
     texts  = generate_inside(vlm, prompt, rules)       answers, greedily
     logits, left = logits_inside(vlm, prompt, rules)   of the tokens that are left at the end
     states = visual_states(vlm, prompt, layer)         of the visual tokens, behind some layers
+    shown  = Shown.of(vlm, batch, units)               which units the visual tokens show
 
-Before layer i, counted from 0, rules[i] chooses among the visual tokens that are still there.
+Before layer i, counted from 0, rules[i] chooses among the visual tokens that are still there. To
+the rivals a newline is one of them; to a rule that chooses units, Shown says which are newlines.
 """
 
 from collections.abc import Callable
@@ -19,13 +21,78 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.masking_utils import create_causal_mask
 
-from common import Prompt, Units, kept_mask
+from common import Adapter, Prompt, Units, kept_mask
 
 # decoders that are no more than layers and a norm
 PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
 
 
 # -------------------------------------------------------------------------- what a rule sees
+
+
+@dataclass
+class Shown:
+    """What the visual tokens of a prompt show, all of them, in the order in which they enter.
+
+    units  of the batch
+    unit   for each row (n,) int64: the unit of its own picture, -1 for a newline
+    line   for each row (n,) int64: the same for a newline and the units of the line that it ends
+    """
+    units: Units
+    unit: list[Tensor]
+    line: list[Tensor]
+
+    @classmethod
+    def of(cls, vlm, batch, units: Units) -> "Shown":
+        """Of vlm.embed(batch, units)."""
+        visual = batch["input_ids"] == vlm.image_id
+        unit, line = vlm.adapter.slots(batch) or (torch.arange(int(visual.sum())), None)
+        unit = unit.to(visual.device)
+        line = torch.full_like(unit, -1) if line is None else line.to(unit)
+        counts = visual.sum(1).tolist()
+        first = torch.tensor([0, *units.counts]).cumsum(0).tolist()
+        own = [(x - start).masked_fill(x < 0, -1) for x, start in zip(unit.split(counts), first)]
+        return cls(units, own, list(line.split(counts)))
+
+    @classmethod
+    def plain(cls, vlm, prompt: Prompt) -> "Shown | None":
+        """Of a prompt alone: every visual token is a unit, every picture one view. None in families
+        with newlines or several views, where a prompt does not tell."""
+        family = type(vlm.adapter)
+        if family.slots is not Adapter.slots or family.views is not Adapter.views:
+            return None
+        units = visual_units(prompt, prompt.embeds)
+        unit = [torch.arange(n, device=prompt.mask.device) for n in units.counts]
+        return cls(units, unit, [torch.full_like(x, -1) for x in unit])
+
+    def rows(self, rows: list[int]) -> "Shown":
+        """The same of some rows of the prompt."""
+        return Shown(self.units.rows(rows), [self.unit[b] for b in rows],
+                     [self.line[b] for b in rows])
+
+    def with_states(self, states: Tensor) -> Units:
+        """The units in their own order with the states (S, D) of all visual tokens, row after row,
+        for features: those of newlines left out, zeros where a unit has no token."""
+        first = torch.tensor([0, *self.units.counts]).cumsum(0).tolist()
+        unit = torch.cat([x + start for x, start in zip(self.unit, first)])
+        is_unit = torch.cat(self.unit) >= 0
+        feats = states.new_zeros(len(self.units.image_of), states.shape[1])
+        feats[unit[is_unit]] = states[is_unit]
+        return replace(self.units, feats=feats)
+
+    def tokens(self, keep) -> list[Tensor]:
+        """keep (K_b,) of the units of every row -> the visual tokens that stay, ascending: they,
+        and newlines if and only if a unit of their line does."""
+        stay = []
+        for unit, line, index in zip(self.unit, self.line, keep):
+            kept = torch.isin(unit, index.to(unit))
+            stay.append((kept | (unit < 0) & torch.isin(line, line[kept])).nonzero().flatten())
+        return stay
+
+    def units_of(self, row: int, tokens: Tensor) -> Tensor:
+        """The units that some visual tokens (n,) int64 of a row show, ascending."""
+        unit = self.unit[row][tokens.to(self.unit[row])]
+        return unit[unit >= 0].sort().values
 
 
 @dataclass
@@ -41,6 +108,8 @@ class LayerView:
     blocks  layers i - 1 and i; own=False reads the first, which has just run, own=True the second
     rotary  cos and sin of the positions of the prompt
     norm    the language model's last norm
+    shown   what all tokens show that entered; None where the caller did not say, and a prompt alone
+            does not tell
 
     N most visual tokens of one row, T most text tokens behind the last visual one, Q rows of the
     attention, H heads (of keys: fewer with grouped queries) of width d. Prompts are left padded:
@@ -52,6 +121,7 @@ class LayerView:
     blocks: tuple[nn.Module, nn.Module]
     rotary: tuple[Tensor, Tensor]
     norm: nn.Module
+    shown: Shown | None = None
 
     def pad(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, L, ...) -> (B, N, ...) of the visual tokens with zeros behind shorter rows, and
@@ -150,33 +220,36 @@ def visual_states(vlm, prompt: Prompt, layer: int) -> Tensor:
     """(M, D) hidden states of all visual tokens after `layer` layers, 0 for none; the layers above
     do not run.
 
-    Row after row in the order of the prompt, with newlines: what a rule in front of that layer
-    gets, unpadded. Raises ValueError unless 0 <= layer < layers.
+    Row after row in the order of the prompt, with newlines, which Shown.with_states() leaves out:
+    what a rule in front of that layer gets, unpadded. Raises ValueError unless 0 <= layer < layers.
     """
     check_layers(vlm, [layer], 0)
     states = run_layers(vlm, prompt, no_past(prompt, {}), {}, depth=layer)
     return states.embeds[prompt.is_visual]
 
 
-def logits_inside(vlm, prompt: Prompt, stages: dict[int, Rule],
-                  positions: str = "original") -> tuple[Tensor, Prompt]:
+def logits_inside(vlm, prompt: Prompt, stages: dict[int, Rule], positions: str = "original",
+                  shown: Shown | None = None) -> tuple[Tensor, Prompt]:
     """Logits (B, L, V) of the tokens that are left at the end, and these: their embeds are the last
     hidden states.
 
     What stays keeps its original position; positions="reindex" numbers what a stage leaves anew
-    from 0, with M-RoPE on all three axes. Raises ValueError on a stage that is none of 1 .. layers
+    from 0, with M-RoPE on all three axes. shown: for rules that choose units, in families with
+    newlines or several views. Raises ValueError on a stage that is none of 1 .. layers
     - 1 (in front of them all there is FrozenVLM.prune()), on a keep that does not fit or takes the
     last visual token from a row, on NaN among the states.
     """
     check_layers(vlm, stages, 1)
-    left = run_layers(vlm, prompt, no_past(prompt, stages), stages, positions=positions)
+    left = run_layers(vlm, prompt, no_past(prompt, stages), stages, positions=positions,
+                      shown=shown)
     left = replace(left, embeds=vlm.lm.norm(left.embeds))
     return vlm.model.lm_head(left.embeds), left
 
 
 @torch.no_grad()
 def generate_inside(vlm, prompt: Prompt, stages: dict[int, Rule], max_new_tokens: int = 32,
-                    streamer=None, positions: str = "original") -> list[str]:
+                    streamer=None, positions: str = "original", shown: Shown | None = None
+                    ) -> list[str]:
     """FrozenVLM.generate() with the stages of logits_inside(), which run once, before the first new
     token.
 
@@ -190,7 +263,7 @@ def generate_inside(vlm, prompt: Prompt, stages: dict[int, Rule], max_new_tokens
     tokens = prompt.mask[:, :0]
     running = torch.ones_like(prompt.mask[:, -1:]).bool()
     with vlm.decoding(), streaming(streamer, tokens) as put:
-        state = run_layers(vlm, prompt, past, stages, cache, positions=positions)
+        state = run_layers(vlm, prompt, past, stages, cache, positions=positions, shown=shown)
         for step in range(1, max_new_tokens + 1):
             token = vlm.model.lm_head(vlm.lm.norm(state.embeds[:, -1:])).argmax(-1)
             token = token.masked_fill(~running, vlm.tokenizer.pad_token_id)
@@ -260,7 +333,8 @@ def no_past(prompt: Prompt, stages) -> dict[int, Past]:
 
 
 def run_layers(vlm, prompt: Prompt, past: dict[int, Past], stages: dict[int, Rule], cache=None,
-               depth: int | None = None, positions: str = "original") -> Prompt:
+               depth: int | None = None, positions: str = "original", shown: Shown | None = None
+               ) -> Prompt:
     """What comes out of the first `depth` layers, all if None, without the last norm; embeds are
     the states.
 
@@ -276,7 +350,8 @@ def run_layers(vlm, prompt: Prompt, past: dict[int, Past], stages: dict[int, Rul
     for i, layer in enumerate(layers[:depth]):
         if i in stages:
             view = LayerView(prompt, before, start, (layers[i - 1], layer),
-                             whole_rotary(vlm, rotary), vlm.lm.norm)
+                             whole_rotary(vlm, rotary), vlm.lm.norm,
+                             shown or Shown.plain(vlm, start))
             prompt = narrow(view, i, stages[i])
             if positions == "reindex":
                 anew = (prompt.mask.cumsum(1) - 1).clamp(min=0)

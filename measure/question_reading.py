@@ -5,8 +5,8 @@
 Two questions about one picture of the tiny world, each in front of and behind it. Writes
 question_reading.md: which share of the tokens is kept for both, and how much of a question's
 evidence, the tokens that show its answer, is kept for it and for the other. A selector that reads
-keeps others for another question, and more evidence for its own. Of several runs (seeds): mean and
-standard deviation.
+keeps others for another question, and more evidence for its own; nan where pictures come in crops,
+of which nothing tells what they show. Of several runs (seeds): mean and standard deviation.
 """
 
 from pathlib import Path
@@ -36,8 +36,9 @@ def question_pairs(n: int, family: str) -> list:
 
 
 def mean_recall(keep: list, evidence: list) -> float:
-    shares = answering.recall(keep, evidence)
-    return float(np.mean([share for share in shares if share is not None]))
+    """NaN where nothing tells which tokens show an answer: those of crops."""
+    shares = [share for share in answering.recall(keep, evidence) if share is not None]
+    return float(np.mean(shares)) if shares else float("nan")
 
 
 @torch.no_grad()
@@ -46,15 +47,16 @@ def measure_reading(vlm, selector, questions: list, budgets: list[int]) -> dict[
 
     questions: of question_pairs(), each beside the other one about its picture
     """
-    asked = answering.ask(vlm, questions, lambda image: image, selector.ways([], budgets, None)[""])
+    asked = answering.ask(vlm, questions, selector.ways([], budgets, None)[""])
     batch = Batch(asked.pixels, asked.batch, asked.owner, units=asked.pictures.units)
-    units = selector.read(vlm, batch)
+    units = selector.look(vlm, batch)                  # crops of a picture together
     measured = {}
     for k in budgets:
-        keep = selector.select(units, None, k)
+        keep = selector.select(units, None, [answering.wanted(k, n) for n in asked.tokens()])
         swapped = [keep[question ^ 1] for question in range(len(keep))]
-        same = [len(set(own.tolist()) & set(other.tolist())) for own, other in zip(keep, swapped)]
-        measured[k] = [float(np.mean(same)) / k, mean_recall(keep, asked.evidence),
+        same = [len(set(own.tolist()) & set(other.tolist())) / len(own)
+                for own, other in zip(keep, swapped)]
+        measured[k] = [float(np.mean(same)), mean_recall(keep, asked.evidence),
                        mean_recall(swapped, asked.evidence)]
     return measured
 
@@ -73,9 +75,9 @@ def main(args: list[str]) -> dict[int, list[list[float]]]:
     parser.add_argument("--out", type=Path, default=None,
                         help="folder of the table; without it: that of the first run")
     options = parser.parse_args(args)
-    about = runs.read_selector(options.run[0])[1]
-    vlm = FrozenVLM.from_pretrained(about["training"]["model"], getattr(torch, options.dtype),
-                                    options.device)
+    training = runs.read_selector(options.run[0])[1]["training"]
+    vlm = FrozenVLM.from_pretrained(training["model"], getattr(torch, options.dtype),
+                                    options.device, protocol=training.get("protocol", "papers"))
     questions = question_pairs(options.n_pictures, vlm.family)
     measured = {k: [] for k in options.budgets}
     for folder in options.run:

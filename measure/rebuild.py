@@ -7,10 +7,13 @@ For the reconstruction selector, on pictures of the tiny world. Writes
     rebuild.md     errors of features and pixels, rebuilt from the chosen tokens and from as many
                    random ones, at the shares of the paper's Table 1; no language model is asked
     stability.md   the paper's B.5: the masks of a picture and of the same one cropped by up to 5 %
-                   of each side, or 0.8 to 1.2 times as bright; and what the VLM still answers
+                   of each side, or 0.8 to 1.2 times as bright; and what the VLM still answers,
+                   for which alone the language model is loaded: --answers False leaves it out
     rebuilt.png    six pictures, what is kept of them, and what is rebuilt from it
 
-Of several runs (seeds): mean and standard deviation, and the pictures of the first.
+Of several runs (seeds): mean and standard deviation, and the pictures of the first. Tokens are
+chosen as in evaluation: K of a picture, in each of its crops by itself. Masks of several crops do
+not lie over one another: where pictures have any, stability.md is left out.
 """
 
 from collections.abc import Callable
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from tqdm import tqdm
+from transformers.hf_argparser import string_to_bool
 
 import runs
 from baselines import random_tokens
@@ -30,7 +34,7 @@ from benchmarks import answering, tiny_world
 from benchmarks.plots import draw_rebuilt
 from benchmarks.scores import VANILLA
 from benchmarks.tables import cell, markdown
-from common import FrozenVLM, kept_mask
+from common import FrozenVLM, Units, kept_mask
 from data.dialogues import SIZES
 
 DISTORTIONS = ("none", "crop", "brightness")
@@ -41,21 +45,39 @@ DRAWN = (0.5, 0.222, 0.056)
 # ------------------------------------------------------------------------------------ rebuilding
 
 
+def wanted(budget: int | float, units: Units) -> list[int]:
+    """K of every picture, as in evaluation."""
+    return [answering.wanted(budget, n) for n in units.pad(units.image_of)[1].sum(1).tolist()]
+
+
+@torch.no_grad()
+def crops_of(selector, vlm, images: list, choose: Callable
+             ) -> tuple[Units, Tensor, Tensor, list[Tensor]]:
+    """Every crop as a picture of its own: units, x (B, N, C), mask (B, N) and pixels; choose(units)
+    -> keep says of the whole pictures which tokens are there."""
+    pictures = vlm.pictures(images)
+    units = vlm.encode(pictures)
+    kept = kept_mask(units, choose(units))
+    crops = selector.by_crop(replace(units, readings={"kept": kept.float()}))
+    pixels = vlm.adapter.pixels(pictures)
+    pixels = [pixels[crop] for crop in first_of(crops, "crop")]
+    x = selector.standardised(*crops.pad())
+    return crops, x, crops.pad(crops.readings["kept"])[0], pixels
+
+
+def first_of(units: Units, name: str) -> list[int]:
+    """The first unit's reading of this name, of every picture."""
+    return units.pad(units.readings[name])[0][:, 0].tolist()
+
+
 @torch.no_grad()
 def rebuild_error(selector, vlm, images: list, choose: Callable, batch: int = 32
                   ) -> tuple[float, float]:
-    """Mean over pictures of |F_rec - F| and |I_rec - I|, where choose(units) -> keep says which
-    tokens are there."""
+    """Mean over crops of |F_rec - F| and |I_rec - I|, where choose(units) -> keep says which tokens
+    are there."""
     errors = []
     for start in range(0, len(images), batch):
-        pictures = vlm.pictures(images[start:start + batch])
-        units = vlm.encode(pictures)
-        kept = kept_mask(units, choose(units))
-        crops = units.apart()
-        v, valid = crops.pad()
-        x = selector.standardised(v, valid)
-        mask = crops.pad(kept.float())[0]
-        pixels = vlm.adapter.pixels(pictures)
+        crops, x, mask, pixels = crops_of(selector, vlm, images[start:start + batch], choose)
         errors.append(torch.stack(selector.errors(x, mask, pixels, crops.grid)))
     feature, image = torch.cat(errors, 1).mean(1).tolist()
     return feature, image
@@ -63,17 +85,17 @@ def rebuild_error(selector, vlm, images: list, choose: Callable, batch: int = 32
 
 def rebuild_table(selectors: list, vlm, images: list) -> str:
     """A row per share of tokens: errors from the chosen ones and from random ones."""
-    tokens = sum(vlm.encode(vlm.pictures(images[:1])).counts)
+    first = vlm.encode(vlm.pictures(images[:1]))
     rows = []
     for share in tqdm(SHARES, "rebuild"):
-        k = round(share * tokens)
+        (k,) = wanted(share, first)
         chosen, blind = [], []
         for selector in selectors:
             def own(units, selector=selector, k=k):
-                return selector.select(units, None, k)
+                return selector.select(units, None, wanted(k, units))
 
             def random(units, k=k):
-                return random_tokens.select(units, k)
+                return random_tokens.select(units, wanted(k, units))
             chosen.append(rebuild_error(selector, vlm, images, own))
             blind.append(rebuild_error(selector, vlm, images, random))
         cells = [cell(x, 1) for term in (0, 1)
@@ -83,30 +105,29 @@ def rebuild_table(selectors: list, vlm, images: list) -> str:
 
 
 @torch.no_grad()
-def rebuilt_pictures(selector, vlm, images: list, shares=DRAWN) -> dict[str, list[Tensor]]:
-    """Title -> per picture (3, H, W) in [0, 1]: what a share of the tokens shows, and what is
-    rebuilt from it."""
-    pictures = vlm.pictures(images)
-    units, pixels = vlm.encode(pictures), vlm.pixels(pictures)
-    v, valid = units.pad()
-    x = selector.standardised(v, valid)
+def rebuilt_pictures(selector, vlm, images: list, shares=None) -> dict[str, list[Tensor]]:
+    """Title -> per picture (3, H, W) in [0, 1], crops one below another: what a share of the tokens
+    shows, and what is rebuilt from it. shares: DRAWN if None."""
     processor = vlm.processor.image_processor
-    mean = torch.tensor(processor.image_mean, device=v.device)[:, None, None]
-    std = torch.tensor(processor.image_std, device=v.device)[:, None, None]
+    mean = torch.tensor(processor.image_mean, device=vlm.device)[:, None, None]
+    std = torch.tensor(processor.image_std, device=vlm.device)[:, None, None]
     rows = {}
-    for share in shares:
-        kept, rebuilt = [], []
-        for b, (grid, picture) in enumerate(zip(units.grid, pixels)):
+    for share in shares or DRAWN:
+        def own(units, share=share):
+            return selector.select(units, None, wanted(share, units))
+        crops, x, mask, pixels = crops_of(selector, vlm, images, own)
+        kept, rebuilt = ([[] for _ in images] for _ in range(2))
+        for b, picture in enumerate(first_of(crops, "picture")):
+            grid, size = crops.grid[b], pixels[b].shape[1:]
             n = grid[0] * grid[1]
-            mask = torch.zeros(1, n, device=v.device)
-            keep = selector.best(v[b:b + 1, :n], valid[b:b + 1, :n], round(share * n))[0]
-            mask[0, keep] = 1
-            size = picture.shape[1:]
-            covered = F.interpolate(mask.view(1, 1, *grid), size)[0]
-            kept.append((picture.float() * std + mean) * covered + 0.85 * (1 - covered))
-            again = selector.rebuild(x[b:b + 1, :n], mask, grid, size)[1][0]
-            rebuilt.append(again.float() * std + mean)
-        rows |= {f"{share:.1%} of the tokens": kept, f"rebuilt from {share:.1%}": rebuilt}
+            covered = F.interpolate(mask[b, :n].view(1, 1, *grid), size)[0]
+            seen = (pixels[b].float() * std + mean) * covered + 0.85 * (1 - covered)
+            again = selector.rebuild(x[b:b + 1, :n], mask[b:b + 1, :n], grid, size)[1][0]
+            kept[picture].append(seen)
+            rebuilt[picture].append(again.float() * std + mean)
+        for title, parts in ((f"{share:.1%} of the tokens", kept),
+                             (f"rebuilt from {share:.1%}", rebuilt)):
+            rows[title] = [torch.cat(part, 1) for part in parts]
     return rows
 
 
@@ -159,8 +180,8 @@ def stability(vlm, selectors: list, images: list, budgets: list, how: str) -> di
     overlaps = {k: ([], []) for k in budgets}
     for selector in selectors:
         for k in budgets:
-            before = selector.select(plain, None, k)
-            after = selector.select(moved, None, k)
+            before = selector.select(plain, None, wanted(k, plain))
+            after = selector.select(moved, None, wanted(k, moved))
             for values, others in zip(overlaps[k], (after, before)):
                 pairs = zip(before, others, plain.grid, images, boxes)
                 values.append(float(np.mean([overlap(keep, other, grid, image.size, box)
@@ -188,28 +209,34 @@ def retentions(vlm, selectors: list, scenes: list, budgets: list, batch: int = 3
     return {key: score / full for key, score in scores.items()}
 
 
-def stability_table(vlm, selectors: list, scenes: list, budgets: list) -> str:
+def stability_table(vlm, selectors: list, scenes: list, budgets: list, answers: bool) -> str:
+    """A row per distortion and K; answers: with a column for what the VLM still answers."""
     rows = []
     images = [scene.image for scene in scenes]
     for how in DISTORTIONS:
         overlaps = stability(vlm, selectors, images, budgets, how)
-        moved = [replace(scene, image=distort(scene.image, how, b)[0])
-                 for b, scene in enumerate(scenes)]
-        retained = retentions(vlm, selectors, moved, budgets)
+        if answers:
+            moved = [replace(scene, image=distort(scene.image, how, b)[0])
+                     for b, scene in enumerate(scenes)]
+            retained = retentions(vlm, selectors, moved, budgets)
         for k in budgets:
-            columns = [*overlaps[k], [retained[number, k] for number in range(len(selectors))]]
+            columns = [*overlaps[k]]
+            if answers:
+                columns.append([retained[number, k] for number in range(len(selectors))])
             rows.append([how, str(k), *map(cell, columns)])
-    return markdown(["distortion", "K", "overlap of the masks", "of a mask that does not move",
-                     "retention"], rows)
+    head = ["distortion", "K", "overlap of the masks", "of a mask that does not move"]
+    return markdown([*head, "retention"] if answers else head, rows)
 
 
 # ------------------------------------------------------------------------------------ the command
 
 
-def load(folders: list[str], dtype: torch.dtype, device: str) -> tuple[FrozenVLM, list]:
+def load(folders: list[str], dtype: torch.dtype, device: str, language: bool
+         ) -> tuple[FrozenVLM, list]:
     """The runs' VLM and selectors. Raises ValueError for what does not rebuild a picture."""
-    about = runs.read_selector(folders[0])[1]
-    vlm = FrozenVLM.from_pretrained(about["training"]["model"], dtype, device)
+    training = runs.read_selector(folders[0])[1]["training"]
+    vlm = FrozenVLM.from_pretrained(training["model"], dtype, device, language=language,
+                                    protocol=training.get("protocol", "papers"))
     selectors = []
     for folder in folders:
         selector = runs.load_selector(folder, vlm)[0]
@@ -227,6 +254,9 @@ def main(args: list[str]) -> None:
     parser.add_argument("--n_pictures", type=int, default=100, help="pictures of the test split")
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 32, 16],
                         help="K of stability.md, kept tokens")
+    parser.add_argument("--answers", type=string_to_bool, default=True,
+                        help="a column of stability.md for what the VLM still answers; False: no "
+                             "language model is loaded")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
                         help="of the frozen VLM")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -234,19 +264,23 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=None,
                         help="folder of tables and picture; without it: that of the first run")
     options = parser.parse_args(args)
-    vlm, selectors = load(options.run, getattr(torch, options.dtype), options.device)
+    vlm, selectors = load(options.run, getattr(torch, options.dtype), options.device,
+                          options.answers)
     # a scene has at least one question
     scenes = tiny_world.load_rows(7 * options.n_pictures, "test", SIZES[vlm.family])
     scenes = scenes[:options.n_pictures]
     images = [scene.image for scene in scenes]
-    views = vlm.encode(vlm.pictures(images[:1])).views
-    if views and max(views) > 1:
-        raise ValueError(f"a picture reaches the encoder of {vlm.family} as {max(views)} views: "
-                         "expected a family that sees it whole, or masks cannot be compared")
+    texts = {"rebuild": rebuild_table(selectors, vlm, images)}
+    views = {n for image in images for n in vlm.adapter.views(vlm.pictures([image])) or [1]}
+    if max(views) == 1:
+        texts["stability"] = stability_table(vlm, selectors, scenes, options.budgets,
+                                             options.answers)
+    else:
+        print(f"no stability.md: a picture reaches the encoder of {vlm.family} as up to "
+              f"{max(views)} crops, whose masks do not lie over one another")
     out = options.out or Path(options.run[0])
     out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("rebuild", rebuild_table(selectors, vlm, images)),
-                       ("stability", stability_table(vlm, selectors, scenes, options.budgets))):
+    for name, text in texts.items():
         print(f"\n{text}")
         runs.write_text(out / f"{name}.md", text + "\n")
     draw_rebuilt(images[:6], rebuilt_pictures(selectors[0], vlm, images[:6]), out / "rebuilt.png")

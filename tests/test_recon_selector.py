@@ -34,7 +34,8 @@ def units_of(v, grid=GRID, picture=None):
     """Tokens (B, N, ...) as the Units that read() gives; picture: of which one each row is."""
     image_of = torch.arange(len(v)).repeat_interleave(v.shape[1])
     picture = image_of if picture is None else torch.tensor(picture)[image_of]
-    return Units(v.flatten(0, 1), image_of, [grid] * len(v), readings={"picture": picture})
+    readings = {"picture": picture, "crop": image_of}
+    return Units(v.flatten(0, 1), image_of, [grid] * len(v), readings=readings)
 
 
 class Step:
@@ -289,11 +290,55 @@ def test_crops_draw_noise_of_their_own():
     v, pixels = inputs(1)
     pair = units_of(v.expand(2, -1, -1), picture=[0, 0])
     step = Step(2, [[7]])
-    masks = net(*pair.pad(), [pixels[0]] * 2, pair.grid, step.generators(rs.owner(pair)))[0]
+    noise = step.generators(rs.numbers(pair, "picture"))
+    masks = net(*pair.pad(), [pixels[0]] * 2, pair.grid, noise)[0]
     assert not torch.equal(masks[0], masks[1])
     alone = units_of(v, picture=[0])
-    mask = net(*alone.pad(), [pixels[0]], alone.grid, step.generators(rs.owner(alone)))[0]
+    noise = step.generators(rs.numbers(alone, "picture"))
+    mask = net(*alone.pad(), [pixels[0]], alone.grid, noise)[0]
     assert torch.equal(mask[0], masks[0])
+
+
+def test_a_crop_that_is_padding_from_edge_to_edge_counts_for_nothing():
+    """Two pictures, the second crop of the first without a token: none of it is trained on, and
+    none of it chosen."""
+    net = model().train()
+    v, pixels = inputs(4)
+    whole = units_of(v)
+    there = torch.ones(48, dtype=torch.bool)
+    there[12:24] = False
+    pictures = replace(whole, image_of=whole.image_of // 2, grid=[(6, 4)] * 2, views=[2, 2],
+                       has_token=there, readings={})
+    crops = net.by_crop(pictures)
+    assert rs.numbers(crops, "picture") == [0, 1, 1] and rs.numbers(crops, "crop") == [0, 2, 3]
+    step = Step(3, [[0, 1]])
+    net.observe(None, [(None, crops)], step)
+    loss, parts = net.loss(seeing(pixels), SimpleNamespace(pictures=None), crops, step)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert torch.equal(crops.feats, v[[0, 2, 3]].flatten(0, 1))
+    alone = net.eval()(*crops.pad(), list(pixels[[0, 2, 3]]), crops.grid,
+                       step.generators([0, 1, 1]))
+    assert parts["image"] == pytest.approx(alone[2].mean().item())
+    assert net.scores(pictures, None).isfinite().all()
+    for keep in (5, None):
+        first, second = net.select(pictures, None, keep)
+        assert len(first) and first.max() < 12 <= second.max()
+        assert keep is None or len(first) == len(second) == keep
+
+
+def test_one_token_is_enough_to_train_on_and_to_choose():
+    net = model().train()
+    v, pixels = inputs(1)
+    loss, _ = objective(net, v[:, :1], pixels[:, :, :6, :6], (1, 1))
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in net.parameters())
+    assert net.norm.running_var.eq(0).all()                    # of one token, not NaN
+    units = units_of(v[:, :1], (1, 1))
+    for keep in (1, None):
+        assert [k.tolist() for k in net.eval().select(units, None, keep)] == [[0]]
+    loss, _ = objective(net, v, pixels)                        # and a larger picture after it
+    assert loss.isfinite()
 
 
 # ------------------------------------------------------------------------------------ selection
@@ -386,6 +431,9 @@ def test_a_budget_is_spread_over_crops_by_their_tokens():
     for k in (2, 30):
         with pytest.raises(ValueError, match=f"keep={k} of crops"):
             rs.per_crop(k, [17, 3, 9])
+    assert rs.per_crop(7, [16, 0, 4]) == [6, 0, 1] and rs.per_crop(2, [0, 9, 1]) == [0, 1, 1]
+    with pytest.raises(ValueError, match="keep=1 of crops .* expected 2 to 10"):
+        rs.per_crop(1, [0, 9, 1])
     net = model().eval()
     v, _ = inputs()
     for b, (keep, k) in enumerate(zip(net.best(v, everywhere(v), [2, 12, 5]), (2, 12, 5))):

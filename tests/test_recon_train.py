@@ -13,6 +13,7 @@ from tiny_models import MODELS, llava
 import evaluate
 import runs
 from benchmarks import answering, scores, tiny_world
+from benchmarks.predictions import file_name
 from common import FrozenVLM
 from data.batches import Batch
 from data.feature_cache import FeatureCache
@@ -28,10 +29,10 @@ def recon(folder, **changes):
     return short_run(folder, "recon_selector", **{**TINY_PICTURES, **changes})
 
 
-def photos(folder, n=5, seed=0):
+def photos(folder, n=5, seed=0, sizes=((40, 24), (24, 40), (32, 32))):
     folder.mkdir()
     rng = np.random.default_rng(seed)
-    for i, size in enumerate([(40, 24), (24, 40), (32, 32)] * n):
+    for i, size in enumerate([*sizes] * n):
         if i < n:
             pixels = rng.integers(0, 255, (*size, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"{i}.png")
@@ -94,8 +95,8 @@ def test_a_folder_of_pictures_trains_with_what_is_broken_named_and_counted(
     run = recon(tmp_path / "run", model=model, images=folder, epochs=2, dtype="float32")
     printed = capsys.readouterr().out
     assert "b.png: " in printed
-    assert "thin.png: 1x5000 pixels: expected a side of at most 200" in printed
-    assert "2 samples skipped" in printed
+    assert "thin.png: too oblong: 1x5000 pixels, expected a side of at most 200" in printed
+    assert "2 samples skipped or cut" in printed
     assert len(without_time(run)) == 7                                     # 2 * 7 files / 2
 
 
@@ -117,11 +118,11 @@ def test_cached_features_train_as_fresh_ones_and_a_killed_cache_goes_on(
     with pytest.raises(KeyboardInterrupt):
         recon(tmp_path / "run", **changes)
     assert "GiB are free" in capsys.readouterr().out
-    lines = (tmp_path / "cache/index.jsonl").read_text().splitlines()
-    assert len(lines) == 2
-    with open(tmp_path / "cache/index.jsonl", "a") as file:
+    (index,) = (tmp_path / "cache").glob("*.jsonl")
+    assert len(index.read_text().splitlines()) == 2
+    with open(index, "a") as file:
         file.write("[3, 4")                                  # a kill in the middle of a line
-    with open(tmp_path / "cache/features.bin", "ab") as features:
+    with open(index.with_suffix(".bin"), "ab") as features:
         features.write(b"12345")
 
     def counting(self, batch):
@@ -156,6 +157,41 @@ def test_crops_are_selected_apart(tmp_path):
     for keep, n in zip(selector.select(units, None, None), units.views):
         assert len(keep) >= n
     assert len(selector.scores(units, None)) == len(units.feats)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_pictures_of_one_token_and_of_four_train_and_are_selected_from(tmp_path, batch):
+    sizes = [(8, 8), (16, 16), (8, 24)]
+    folder = photos(tmp_path / "photos", 3, sizes=sizes)
+    run = recon(tmp_path / "run", model=MODELS["qwen"](tmp_path / "vlm"), epochs=2, batch=batch,
+                dtype="float32", images=folder)
+    assert all(np.isfinite(line["loss"]) for line in without_time(run))
+    vlm = FrozenVLM.from_pretrained(tmp_path / "vlm", torch.float32)
+    selector, _ = runs.load_selector(run, vlm)
+    units = vlm.encode(vlm.pictures([Image.open(folder / f"{i}.png") for i in range(3)]))
+    assert units.counts == [1, 4, 3]
+    assert all(x.isfinite().all() for x in selector.state_dict().values())
+    for keep in ([1, 4, 3], [1, 2, 1], None):
+        chosen = [len(kept) for kept in selector.select(units, None, keep)]
+        assert chosen == keep or keep is None and 1 <= min(chosen)
+        assert chosen[0] == 1
+
+
+def test_thin_pictures_whose_crops_are_padding_train_and_are_selected_from(tmp_path):
+    """LLaVA-NeXT cuts all of the crops off, or some."""
+    folder = photos(tmp_path / "photos", 3, sizes=[(4, 40), (44, 40), (24, 40)])
+    run = recon(tmp_path / "run", model=MODELS["llava_next"](tmp_path / "vlm"), epochs=2, batch=1,
+                dtype="float32", images=folder, protocol="stock")
+    assert all(np.isfinite(line["loss"]) for line in without_time(run))
+    vlm = FrozenVLM.from_pretrained(tmp_path / "vlm", torch.float32, protocol="stock")
+    selector, _ = runs.load_selector(run, vlm)
+    units = vlm.encode(vlm.pictures([Image.open(folder / f"{i}.png") for i in range(3)]))
+    rooms = units.apart().pad()[1].sum(1).tolist()
+    assert [min(rooms[:3]), min(rooms[3:7]), min(rooms[7:])] == [0, 0, 12]
+    for keep in (4, None):
+        chosen = selector.select(units, None, keep)
+        assert all(here[kept].all() for kept, here in zip(chosen, units.pad()[1]))
+        assert keep is None or [len(kept) for kept in chosen] == [4] * 3
 
 
 def test_crops_of_a_batch_in_parts_are_those_of_the_whole(tmp_path):
@@ -283,6 +319,30 @@ def test_evaluate_prunes_inside_the_language_model(tmp_path):
     assert [line["kept"] for line in lines] == [144, 16] * 2
     assert (tmp_path / "answer.png").exists()
     assert all(line["select_ms"] > 0 for line in lines[1::2])      # it is asked anew in every turn
+
+
+@pytest.mark.parametrize("family, tokens", [("llava_next", 48), ("llava_onevision", 9)])
+def test_inside_where_newlines_stand_between_the_units(tmp_path, family, tokens):
+    """K counts units; newlines stay beside them, and some leave."""
+    run = recon(tmp_path / "run", model=MODELS[family](tmp_path / "vlm", tokens="bytes"),
+                select_after_layer=1, epochs=1, dtype="float32")
+    assert len(without_time(run)) == 3
+    asked = ["--run", str(run), "--budgets", "6", "999", "--device", "cpu", "--sample", "10"]
+    lines = by_name(evaluate.main([*asked, "--methods", "fastv", "--resamples", "20"]))
+    for way in ("", " random inside"):
+        assert lines[f"{run}{way}", 6]["cost"]["kept"] == 6
+        rows = run / f"predictions/tiny_world/{file_name(f'{run}{way}', 6)}.jsonl"
+        seen = [json.loads(line)["seen"] for line in rows.read_text().splitlines()[1:]]
+        assert all(6 <= last < entered for entered, last, _ in seen)
+        assert any(last > 6 for _, last, _ in seen)
+    every = lines[f"{run} asked twice", "all"]["cost"]["kept"]
+    assert every == lines[str(run), 999]["cost"]["kept"] <= tokens
+    assert 1 <= lines[f"{run} mask", "mask"]["cost"]["kept"] <= every
+    # fewer than crops: it is left out, and the others are answered
+    lines = by_name(evaluate.main([*asked[:2], "--budgets", "1", *asked[5:], "--methods", "random",
+                                   "--resamples", "20", "--out", str(tmp_path / "out")]))
+    assert ((str(run), 1) in lines) == (family == "llava_onevision")
+    assert lines["random", 1]["cost"]["kept"] == 1
 
 
 def test_all_of_them_inside_is_the_question_twice_and_random_ones_answer_less(tmp_path):

@@ -9,8 +9,10 @@ import torch
 from test_common import QUESTIONS, full_embeds, stock_inputs, stock_positions, token_id
 from tiny_models import llava_next
 
-from baselines.inside import check_layers, generate_inside, logits_inside, visual_states
+from baselines.inside import Shown, check_layers, generate_inside, logits_inside, visual_states
 from common import IGNORE, FrozenVLM, Prompt
+from data.batches import Batch
+from recon_selector import Config, ReconSelector
 
 EXACT = dict(rtol=0, atol=1e-10)
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -125,7 +127,7 @@ def test_pruned_within_is_hidden_from_that_layer_on(vlm, stock, asked, prompt, s
 def test_decoding_goes_on_under_the_same_masks(
         vlm, stock, asked, prompt, stages, heard, monkeypatch):
     # every row runs all steps
-    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", -1)
     found = generate_inside(vlm, prompt, fixed(stages), 7)
     logits, tokens = masked_greedy(stock, asked, visible_by_layer(stock, asked, stages), 7)
     assert found == [vlm.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
@@ -203,6 +205,91 @@ def test_visual_states_are_the_stock_hidden_states(vlm, stock, asked, prompt):
     assert min((states[1] - states[i]).abs().max() for i in (0, 2)) > 0.1
 
 
+# ---------------------------------------------------------------------- units among them
+
+def some(units, seed=0):
+    """Of every row some units that have a token, of the second one alone."""
+    draw = torch.Generator().manual_seed(seed)
+    valid = units.pad(units.image_of)[1]
+    return [here.nonzero().flatten()[torch.randperm(int(here.sum()), generator=draw)[:k]].sort()[0]
+            for here, k in zip(valid, (5, 1, 7))]
+
+
+def test_states_of_units_stand_in_the_units_order(vlm, asked, prompt):
+    """In front of all layers they are the projected features; newlines are none of them."""
+    units = vlm.encode(asked)
+    found = Shown.of(vlm, asked, units).with_states(visual_states(vlm, prompt, 0))
+    expected = vlm.project(units.feats)
+    if units.has_token is not None:
+        expected = expected * units.has_token[:, None]
+    torch.testing.assert_close(found.feats, expected, **EXACT)
+    assert (found.grid, found.views) == (units.grid, units.views)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_newline_stays_while_a_unit_of_its_line_does(vlm, asked, prompt, seed):
+    """The tokens that stay inside are those that FrozenVLM.prune() leaves before."""
+    units = vlm.encode(asked)
+    shown = Shown.of(vlm, asked, units)
+    keep = some(units, seed)
+    before = vlm.prune(asked, units, keep)
+    for rows in ([0, 1, 2], [2, 0]):
+        stay = shown.rows(rows).tokens([keep[b] for b in rows])
+        for index, b in zip(stay, rows):
+            expected = before.pos[..., b, before.is_visual[b]]
+            assert torch.equal(prompt.pos[..., b, prompt.is_visual[b]][..., index], expected)
+    for b, index in enumerate(shown.tokens(keep)):
+        assert torch.equal(shown.units_of(b, index), keep[b])
+
+
+def test_where_a_prompt_alone_tells_it_says_the_same(vlm, family, asked, prompt):
+    plain = Shown.plain(vlm, prompt)
+    assert (plain is not None) == (family in ("llava", "qwen"))
+    if plain:
+        shown = Shown.of(vlm, asked, vlm.encode(asked))
+        for a, b in zip(plain.unit + plain.line, shown.unit + shown.line):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("k", [6, "mask"])
+def test_a_selector_of_units_sees_in_evaluation_what_it_saw_in_training(
+        vlm, stock, family, pictures, k):
+    """The same states choose the same units, crop by crop: K of them, whatever newlines stay
+    beside; and pruned is hidden."""
+    torch.manual_seed(0)
+    net = ReconSelector(Config.of(vlm, layers=1, heads=2, select_after_layer=2)).double().eval()
+    batch = vlm.batch(pictures, TURNS, ask_twice=True)
+    units = vlm.encode(batch)
+    shown = Shown.of(vlm, batch, units)
+    trained = net.look(vlm, Batch(batch, batch, [0, 1, 2]))
+    expected = net.select(trained, None, None if k == "mask" else k)
+    seen = []
+
+    def spied(rule):
+        return lambda view: seen.append(rule(view)) or seen[-1]
+    way = net.ways([], [k], None)[" mask" if k == "mask" else ""]
+    rules = {i: spied(rule) for i, rule in way.stages(k, shown.units.counts).items()}
+    prompt = vlm.embed(batch, units)
+    logits, left = logits_inside(vlm, prompt, rules, shown=shown)
+    chosen = [shown.units_of(b, index) for b, index in enumerate(seen[0])]
+    for found, own in zip(chosen, expected):
+        assert torch.equal(found, own) and (k == "mask" or len(found) == k)
+    newlines = [len(index) - len(own) for index, own in zip(seen[0], chosen)]
+    assert (max(newlines) > 0) == (family in ("llava_next", "llava_onevision"))
+    crops = units.apart().counts
+    assert len(net.read(vlm, Batch(batch, batch, [0, 1, 2])).grid) == len(crops)
+
+    visible = visible_by_layer(stock, batch, {2: [index.tolist() for index in seen[0]]})
+    hidden, _ = masked(stock, full_embeds(stock, batch), stock_positions(stock, batch), visible)
+    torch.testing.assert_close(logits[left.mask.bool()], hidden[visible[-1]], **CLOSE)
+    # more units than there are: all stay, and all newlines
+    _, left = logits_inside(vlm, prompt, net.ways([], [999], None)[""].stages(999, []), shown=shown)
+    assert torch.equal(left.mask, prompt.mask)
+    if family not in ("llava", "qwen"):
+        with pytest.raises(ValueError, match="newlines or crops: expected shown=Shown.of"):
+            logits_inside(vlm, prompt, rules)
+
+
 # ---------------------------------------------------------------------- power
 
 def test_reindexed_positions_would_be_noticed(vlm, prompt, monkeypatch):
@@ -229,7 +316,7 @@ def test_the_layer_of_a_stage_matters(vlm, asked, prompt):
 # ---------------------------------------------------------------------- stop, settings
 
 def test_it_stops_where_generate_stops(vlm, prompt, heard, monkeypatch):
-    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", -1)
     generate_inside(vlm, prompt, {}, 7)
     free = torch.cat(heard, 1).argmax(-1).tolist()  # token by token, as if there were no end
     for ends in (free[0][2], [free[0][2], free[1][1], free[2][3]]):

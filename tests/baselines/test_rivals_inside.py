@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def heard(vlm, monkeypatch):
     """The logits that the model has given, call by call; no row ends before its time."""
-    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(vlm.model.generation_config, "eos_token_id", -1)
     calls = []
     hook = vlm.model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out))
     yield calls

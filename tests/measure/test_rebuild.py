@@ -5,10 +5,12 @@ import pytest
 import torch
 from PIL import Image
 from short_runs import short_run
+from tiny_models import MODELS
 
 import recon_selector
 from baselines import random_tokens
-from common import FrozenVLM
+from benchmarks import answering, tiny_world
+from common import FrozenVLM, kept_mask
 from measure import question_reading, rebuild
 
 SHORT = dict(steps=0, n_pictures=6, epochs=1)
@@ -32,6 +34,63 @@ def test_rebuilding_and_stability_are_reported(tmp_path):
                                           for k in ("16", "8")]
     assert still[0][2] == "100 ±0" and 0 < float(still[2][2].split()[0]) < 99
     assert Image.open(out / "rebuilt.png").size[0] > 300
+
+
+@pytest.mark.parametrize("family", ["llava_next", "internvl", "llava_onevision"])
+def test_crops_are_chosen_from_as_in_evaluation_and_no_language_model_is_asked(
+        tmp_path, capsys, monkeypatch, family):
+    """What is rebuilt and drawn is what evaluation would keep, in each crop by itself."""
+    monkeypatch.setattr(rebuild, "SHARES", (0.5, 0.3))        # at least a token of every crop
+    monkeypatch.setattr(rebuild, "DRAWN", (0.5, 0.3))
+    model = MODELS[family](tmp_path / "vlm", tokens="bytes")
+    run = short_run(tmp_path / "run", "recon_selector", **SHORT, model=model, dtype="float32")
+    vlm, (selector,) = rebuild.load([str(run)], torch.float32, "cpu", language=False)
+    assert vlm.lm is None
+    scenes = tiny_world.load_rows(14)[:2]
+    images = [scene.image for scene in scenes]
+    masks, real = [], selector.rebuild
+
+    def spied(x, mask, grid, size):
+        masks.append(mask.flatten())
+        return real(x, mask, grid, size)
+    selector.rebuild = spied
+    whole = FrozenVLM.from_pretrained(model, torch.float32)
+    asked = answering.ask(whole, [tiny_world.question_of(scene, 0, scene.questions[0])
+                                  for scene in scenes])
+    way = selector.ways([], [8], None)[""]
+    rebuild.rebuild_table([selector], vlm, images)
+    table, masks[:] = masks[::2], []                   # the others are of random tokens
+    drawn = rebuild.rebuilt_pictures(selector, vlm, images)
+    crops = len(masks) // 2
+    drawn_masks = [torch.cat(masks[:crops]), torch.cat(masks[crops:])]
+    for share, one, other in zip((0.5, 0.3), table, drawn_masks):
+        expected = kept_mask(asked.units, answering.choose(way, asked, share)[0]).float()
+        assert torch.equal(one, expected) and torch.equal(other, expected)
+    shapes = [picture.shape for picture in vlm.pixels(vlm.pictures(images))]
+    assert all([x.shape for x in row] == shapes for row in drawn.values())
+
+    rebuild.main(["--run", str(run), "--n_pictures", "4", "--budgets", "4", "--answers", "False",
+                  "--dtype", "float32", "--device", "cpu"])
+    assert len(cells_of(run / "rebuild.md")) == 2 and Image.open(run / "rebuilt.png")
+    # one frame is one view
+    if family == "llava_onevision":
+        assert len(cells_of(run / "stability.md")[0]) == 4
+    else:
+        assert "no stability.md: a picture reaches the encoder" in capsys.readouterr().out
+        assert not (run / "stability.md").exists()
+
+
+@pytest.mark.parametrize("family", ["llava_next", "llava_onevision"])
+def test_how_far_the_question_is_read_where_newlines_stand_between_the_units(tmp_path, family):
+    model = MODELS[family](tmp_path / "vlm", tokens="bytes")
+    run = short_run(tmp_path / "run", "recon_selector", **SHORT, model=model, dtype="float32",
+                    select_after_layer=1)
+    question_reading.main(["--run", str(run), "--n_pictures", "6", "--budgets", "6", "999",
+                           "--device", "cpu", "--dtype", "float32"])
+    few, every = cells_of(run / "question_reading.md")
+    assert 0 <= float(few[1]) <= 100 and every[1] == "100"
+    assert every[2:] == (["nan"] * 2 if family == "llava_next" else ["100"] * 2)
+
 
 
 def test_what_cannot_be_rebuilt_is_refused(tmp_path):
