@@ -77,6 +77,11 @@ class Config(Sizes):
 # steps, pictures a step, learning rate and autocast are options of train.py [all ours]
 TINY = dict(steps=450, batch=16, lr=2e-3, autocast=False, layers=2, heads=4)
 LARGE = dict(steps=5000, batch=32, lr=1e-4, autocast=True, layers=5, heads=16)
+# Table 1, or the paper's table of another backbone: `python -m examples.headline autoselect`
+HEADLINE = dict(
+    model="llava-hf/llava-1.5-7b-hf", train=dict(data="imagenet-captions"),
+    deviations=("steps, batch, learning rate, K, tau, depth, prompt of the captions: value not "
+                "available, for they stand in a supplement that is not at hand; ours instead",))
 
 
 def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
@@ -336,8 +341,9 @@ class AutoSelect(NoiseGate):
         v, valid = units.pad()                                             # (B, N, C), (B, N)
         tau = temperature(step.number, step.total, self.cfg)
         keep = self.cfg.keep[step.number % len(self.cfg.keep)]
-        if keep < 1:
-            keep = (keep * valid.sum(1)).round().clamp(min=1)              # (B,)
+        tokens = valid.sum(1)                                              # (B,)
+        # a picture of fewer than K tokens keeps all that it has
+        keep = (keep * tokens).round().clamp(min=1) if keep < 1 else tokens.clamp(max=int(keep))
         with step.autocast():
             gated, a = self(v, valid, keep, tau, step.generators(batch.owner))
 
@@ -345,7 +351,7 @@ class AutoSelect(NoiseGate):
         # is a mean over this part's answer tokens, hence the factor.
         prompt = vlm.embed(batch.rows, units, units.flat(gated))
         loss = vlm.loss(prompt) * batch.answers / step.answers
-        return loss, {"keep": torch.as_tensor(keep).float().mean().item(), "tau": tau,
+        return loss, {"keep": keep.float().mean().item(), "tau": tau,
                       "sharpness": sharpness(a, valid)}
 
     def forward(self, v: Tensor, valid: Tensor | None, keep: float | Tensor, tau: float,

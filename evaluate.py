@@ -12,26 +12,26 @@ benchmarks it is the mean, which is the papers' Avg.
 """
 
 import hashlib
-import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers.hf_argparser import HfArg
 
 import baselines
 import benchmarks
 import runs
-from benchmarks import answering, plots, protocol, scores, tables
+from benchmarks import answering, plots, scores, tables
 from benchmarks.predictions import Predictions, file_name
-from benchmarks.questions import sample
-from common import FrozenVLM
+from benchmarks.questions import draw_questions
+from common import PROTOCOLS, FrozenVLM
 
-CALIBRATION = "tiny_world"              # whose calibration split adaptive methods are steered on
+MOST_AT_A_TIME = 32                     # questions, where memory is no matter [ours]
 
 
 def many(default: list, text: str):
@@ -55,16 +55,15 @@ class EvalConfig:
     data_root: str | None = HfArg(default=None, help="folder with a local copy of each benchmark, "
                                                      "under its name; without it: from the hub")
     options: list[str] = many([], "of a benchmark's load(), such as pope.split=random")
-    calibration: int = HfArg(default=2000, help="questions that steer an adaptive method to K")
-    batch: int = HfArg(default=32, help="questions at a time")
+    calibration: int = HfArg(default=2000, help="most questions that steer an adaptive method to "
+                             "K; they are not scored: what --sample leaves, else a tenth of all")
+    batch: int = HfArg(default=0, help="questions at a time; 0: 32, or what fits into the memory")
     positions: Literal["original", "reindex"] = HfArg(
         default="original", help="of the kept tokens; reindex: numbered anew, as the released code "
                                  "of most rivals does")
-    pad: Literal["auto", "square", "none"] = HfArg(
-        default="auto", help="pictures to a square, as LLaVA-1.5 does; auto: for its family alone")
-    style: Literal["checkpoint", "vicuna_v1"] = HfArg(
-        default="checkpoint", help="the checkpoint's chat template, or LLaVA-1.5's own with its "
-                                   "first sentence [paper: vicuna_v1]")
+    protocol: Literal[PROTOCOLS] = HfArg(
+        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
+                               "prompts [paper]; stock: as the hub's processor and template do")
     backbone: str | None = HfArg(default=None, help="whose printed figures to show, see "
                                  "benchmarks/published.json; without it: by the model's name")
     rescore: str | None = HfArg(default=None, help="folder of predictions files: tables from these "
@@ -76,7 +75,8 @@ class EvalConfig:
     draw: bool = HfArg(default=True, help="draw the curves and the kept patches")
     dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
                                                              help="of the frozen VLM")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:1")
 
     def __post_init__(self):
         wrong = [k for k in self.budgets if not k > 0 or (k >= 1 and k != int(k))]
@@ -96,7 +96,7 @@ class EvalConfig:
 
 
 def settle(config: EvalConfig) -> None:
-    """Fill in the runs, their model and the folder. Raises before anything is loaded."""
+    """Fill in the runs, their model and the folder. Raises before a weight is read."""
     if not config.run and not config.model:
         config.run = [runs.latest_run()]
     models = [runs.read_selector(run)[1]["training"]["model"] for run in config.run]
@@ -105,98 +105,114 @@ def settle(config: EvalConfig) -> None:
     config.out = config.out or default or f"runs/{Path(config.model).name}"
 
 
-def load_questions(config: EvalConfig, name: str, family: str, options: dict) -> list:
-    """The questions of a benchmark, or a sample of them."""
-    module = benchmarks.load_module(name)
-    n = config.sample or None
-    if "n" in inspect.signature(module.load).parameters:        # it draws as many as are wanted
-        return list(module.load(None, family=family, **{"n": n or 1000, **options}))
-    path = Path(config.data_root, name) if config.data_root else None
-    return sample(module.load(path, family=family, **options), n, config.seed, scores.group)
+def load_selectors(config) -> dict[str, runs.Selector]:
+    """Those of config.run. Raises before a weight of the VLM is read."""
+    shapes = FrozenVLM.from_pretrained(config.model, device="meta", protocol=config.protocol)
+    return {run: runs.load_selector(run, shapes, config.device)[0] for run in config.run}
 
 
-def ways_of(config: EvalConfig, vlm) -> tuple[dict, dict, dict]:
-    """{(name, K): Way, or None for all tokens}, {name: what its predictions depend on besides},
-    {run: (selector, its Way)}."""
-    named, weights, trained = {}, {}, {}
+def ways_of(config: EvalConfig, vlm, selectors: dict, calibration) -> tuple[dict, dict]:
+    """{(name, K): Way, or None for all tokens}, {name: what its predictions depend on besides}.
+    calibration: see runs.Selector.ways()."""
+    named, weights = {}, {}
     unknown_ways = {*config.ways}
     for name in config.methods:
         try:
             named[name] = baselines.way(name, vlm, seed=config.seed)
         except ValueError as error:
             print(f"{name}: left out, {error}")
-
-    def calibration():
-        """(units, question) in batches, of questions that are not scored."""
-        questions = benchmarks.load_module(CALIBRATION).load(
-            split="calibration", family=vlm.family, n=config.calibration)
-        return answering.calibration_batches(vlm, questions, config.batch)
-    for run in config.run:
-        selector, about = runs.load_selector(run, vlm)
+    for run, selector in selectors.items():
         known = [name for name in config.ways if name in selector.further_ways]
         own = selector.ways(known, config.budgets, calibration)
         unknown_ways -= {*known}
-        trained[run] = (selector, own[""])
         for suffix, way in own.items():
             name = f"{run}{suffix}"
             named[name] = way
             content = (runs.read_selector(run)[0] / "model.safetensors").read_bytes()
-            weights[name] = {"weights": hashlib.sha256(content).hexdigest()[:16],
-                             "calibration": config.calibration if way.adaptive else None}
+            weights[name] = {"weights": hashlib.sha256(content).hexdigest()[:16]}
     if unknown_ways:
         raise ValueError(f"ways={sorted(unknown_ways)}: none of the runs has such a way")
     turns = {scores.VANILLA: None}
     for name, way in named.items():
         for k in way.budgets or config.budgets:
             turns[name, k] = way
-    return turns, weights, trained
+    return turns, weights
 
 
 # ---------------------------------------------------------------------------- answers
 
 
 def ask(config: EvalConfig) -> list[dict]:
-    """Ask what has no answer yet, then report()."""
+    """Ask what has no answer yet, then report(). One benchmark's failure does not stop the others.
+    """
     settle(config)
     options = benchmarks.load_options(config.benchmarks, config.options)
     state = PartialState(cpu=not config.device.startswith("cuda"))
     device = state.device if state.num_processes > 1 else config.device
-    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device)
-    protocol.use_style(vlm, config.style)
-    config.pad = protocol.default_pad(vlm) if config.pad == "auto" else config.pad
-    prepare = protocol.prepare(vlm, config.pad)
-
-    # load every benchmark first, so that a missing one fails at once
-    questions = {name: load_questions(config, name, vlm.family, options[name])
-                 for name in config.benchmarks}
-    turns, weights, trained = ways_of(config, vlm)
-    out = Path(config.out)
-    for name, asked in questions.items():
-        files = {}
-        for method, k in turns:
-            header = {
-                "benchmark": name, "model": config.model, "fingerprint": vlm.fingerprint(),
-                "method": method, "budget": k, "style": config.style, "pad": config.pad,
-                "options": options[name], "positions": config.positions,
-                "sample": config.sample, "seed": config.seed, "dtype": config.dtype,
-                "questions": len(asked), **weights.get(method, {}),
-                "versions": {package: version(package) for package in ("torch", "transformers")}}
-            path = out / "predictions" / name / f"{file_name(method, k)}.jsonl"
-            files[method, k] = Predictions(path, header, asked, state.process_index,
-                                           state.num_processes)
-        answering.run(vlm, asked, turns, files, batch=config.batch, prepare=prepare,
-                      seed=config.seed, process=state.process_index,
-                      processes=state.num_processes, title=name, positions=config.positions)
+    selectors = load_selectors(replace(config, device=str(device)))
+    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device,
+                                    protocol=config.protocol)
+    failed, asked = {}, []
+    for name in config.benchmarks:
+        try:
+            asked.append(ask_benchmark(config, vlm, selectors, name, options[name], state))
+        except (ValueError, OSError) as error:
+            failed[name] = error
+            print(f"{name}: left out, {error}")
+    if len(failed) == len(config.benchmarks):
+        raise next(iter(failed.values()))
     state.wait_for_everyone()
     if not state.is_main_process:
         return []
+    out = Path(config.out)
     lines = report(config, out / "predictions", out)
-    if config.draw and trained:
-        first = next(iter(questions.values()))
-        draw_kept(config, vlm, prepare, *next(iter(trained.values())), first, out / "kept.png")
+    if config.draw and selectors:
+        run, selector = next(iter(selectors.items()))
+        ways, questions = asked[0]
+        k = min(k for name, k in ways if name == run)
+        answering.draw_kept(vlm, selector, ways[run, k], k, questions, out / "kept.png")
     print(f"\nintervals, parts, costs: {out}/benchmarks.md; pictures: "
           + ", ".join(sorted(path.name for path in out.glob("*.png"))))
+    if failed:
+        raise RuntimeError(f"the tables lack {', '.join(failed)}, see above; the same command "
+                           "asks what is missing")
     return lines
+
+
+def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: dict, state
+                  ) -> tuple[dict, list]:
+    """Answers to one benchmark, into its predictions files -> the ways, and the questions."""
+    adaptive = any(selector.adaptive for selector in selectors.values())
+    path = config.data_root and Path(config.data_root, name)
+    asked, steering, where = draw_questions(
+        benchmarks.load_module(name), path, vlm.family, options, config.sample,
+        config.calibration if adaptive else 0, config.seed)
+
+    def calibration():
+        return answering.calibration_batches(vlm, steering, config.batch or MOST_AT_A_TIME)
+    ways, weights = ways_of(config, vlm, selectors, calibration)
+    files = {}
+    for (method, k), way in ways.items():
+        steered = {"steered on": where} if way and way.adaptive else {}
+        header = {
+            "benchmark": name, "model": config.model, "fingerprint": vlm.fingerprint(),
+            "method": method, "budget": k, "protocol": vlm.protocol, "options": options,
+            "positions": config.positions, "sample": config.sample, "seed": config.seed,
+            "dtype": config.dtype, "questions": len(asked), **weights.get(method, {}), **steered,
+            "versions": {package: version(package) for package in ("torch", "transformers")}}
+        path = Path(config.out) / "predictions" / name / f"{file_name(method, k)}.jsonl"
+        files[method, k] = Predictions(path, header, asked, state.process_index,
+                                       state.num_processes)
+    batch = config.batch or answering.most_at_a_time(vlm, asked, ways, MOST_AT_A_TIME)
+    batch = min(gather_object([batch]))
+    try:
+        answering.run(vlm, asked, ways, files, batch, config.seed, state.process_index,
+                      state.num_processes, name, config.positions)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(f"out of memory with {batch} questions at a time: --batch "
+                           f"{max(batch // 2, 1)} in the same folder goes on where it was"
+                           ) from error
+    return ways, asked
 
 
 # ---------------------------------------------------------------------------- tables, pictures
@@ -220,21 +236,6 @@ def report(config: EvalConfig, folder: Path, out: Path) -> list[dict]:
         kinds = {name: baselines.kind(name) for name in baselines.names()}
         plots.draw_budgets(lines, kinds, out / "curve.png")
     return lines
-
-
-@torch.no_grad()
-def draw_kept(config, vlm, prepare, selector, way, questions, path: Path) -> None:
-    """Six pictures with their scores and kept patches, at the smallest budget."""
-    if way.select is None or way.stages is not None:
-        return                                  # it selects inside the language model
-    few = list({answering.content(question): question for question in questions[:60]}.values())[:6]
-    asked = answering.ask(vlm, few, prepare, way)
-    k = min(way.budgets or config.budgets)
-    keep = answering.choose(way, asked, k)[0]
-    heat = selector.scores(asked.units, asked.question)
-    orders = plots.by_score(asked.units, heat, keep) if way.reads_question else None
-    titles = [question.prompt for question in few]
-    plots.draw_units(vlm, asked.batch, asked.units, heat, keep, titles, path, orders)
 
 
 def main(args: list[str]) -> list[dict]:

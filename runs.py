@@ -75,13 +75,16 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
                     a picture with one of them; "picture", no text; "question twice", which stands
                     before the image too
     reads_question  whether select() reads the question
-    reads_language  whether its weights depend on the language model, not on the encoder alone
+    reads_language  whether its weights depend on the language model, not on the encoder alone;
+                    if not, it trains without one
+    adaptive        whether it decides how many tokens it keeps, steered to K on average
     further_ways    names that ways() knows beside its own
     weight_decay    of AdamW
     """
     rows = "dialogue"
     reads_question = False
     reads_language = True
+    adaptive = False
     further_ways: tuple[str, ...] = ()
     weight_decay = 0.01
 
@@ -244,6 +247,7 @@ def write_text(path: Path, text: str) -> None:
 def describe(config, selector, vlm, free: tuple) -> dict:
     """config.json of a run and of its selector. free: options that do not change the result."""
     training = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
+    training["protocol"] = vlm.protocol              # "stock" where the papers' is no other
     return {"method": config.method, "cfg": asdict(selector.cfg), "backbone": vlm.fingerprint(),
             "training": training}
 
@@ -270,6 +274,17 @@ def open_run(run: Path, about: dict, overwrite: bool, is_main: bool = True) -> N
             shutil.rmtree(run / old, ignore_errors=True)
         (run / "log.jsonl").unlink(missing_ok=True)
         write_text(path, json.dumps(about, indent=1))
+
+
+def open_log(path: Path, first_step: int, is_main: bool) -> Callable[[dict], None]:
+    """log(line), appended to path on the main process alone."""
+    if not is_main:
+        return lambda line: None
+    lines = path.read_text().splitlines()[:first_step] if path.exists() else []
+    # lines after the checkpoint will be made again
+    write_text(path, "".join(line + "\n" for line in lines))
+    file = open(path, "a", buffering=1)
+    return lambda line: file.write(json.dumps(line) + "\n")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -367,8 +382,9 @@ def read_selector(run: str | Path) -> tuple[Path, dict]:
     return folder, json.loads((folder / "config.json").read_text())
 
 
-def load_selector(run: str | Path, vlm) -> tuple[Selector, dict]:
-    """A trained selector in evaluation mode, and its config.json.
+def load_selector(run: str | Path, vlm, device=None) -> tuple[Selector, dict]:
+    """A trained selector in evaluation mode, on the VLM's device unless told otherwise, and its
+    config.json. If it was trained with another protocol than the VLM has, that is printed.
 
     Raises ValueError naming what differs if it was trained for another backbone.
     """
@@ -381,4 +397,8 @@ def load_selector(run: str | Path, vlm) -> tuple[Selector, dict]:
     if differ := differences(about["backbone"], here):
         raise ValueError(f"{run} was trained for another backbone ({differ}): pass --model "
                          f"{about['training']['model']}")
-    return selector.to(vlm.device).eval(), about
+    trained = about["training"].get("protocol", vlm.protocol)
+    if trained != vlm.protocol:
+        print(f"{run} was trained with --protocol {trained}, and now meets the pictures and "
+              f"prompts of --protocol {vlm.protocol}")
+    return selector.to(device or vlm.device).eval(), about

@@ -90,7 +90,8 @@ class Sizes(autoselect.Sizes):
 @dataclass
 class Config(Sizes):
     """Every option of the method; TINY and LARGE say what is used unless told otherwise."""
-    max_text: int = HfArg(default=128, help="tokens of the longest question [ours]")
+    max_text: int = HfArg(default=128, help="positions of a question's words; those behind share "
+                                            "the last [ours]")
     max_steps: int = HfArg(
         default=192, help="T_max, most picks in training; in evaluation twice as many [ours: a "
                           "third of LLaVA's tokens; the paper's value not available]")
@@ -134,7 +135,14 @@ class Config(Sizes):
 TINY = dict(steps=600, batch=8, lr=1e-3, autocast=True, layers=2, heads=4,
             tau_start=1.0, tau_end=0.2, max_steps=48)
 LARGE = dict(steps=5000, batch=16, lr=1e-4, autocast=True, layers=2, heads=16,
-             tau_start=1.0, tau_end=0.2, max_steps=192)
+             tau_start=1.0, tau_end=0.2, max_steps=192, max_text=512)
+# Table 1, or Table 2 on Qwen2.5-VL: `python -m examples.headline stepprune`
+HEADLINE = dict(
+    model="llava-hf/llava-1.5-7b-hf", train=dict(data="llava-665k"),
+    deviations=("T_max, gamma, lambda, learning rates, batch of Section 4.1: value not available; "
+                "ours instead",
+                "training data and number of steps are not told: LLaVA-665K, 5,000 [ours]",
+                "questions that steer the stop bias to a mean K are not scored"))
 
 
 # ------------------------------------------------------------------------------------ Eq. (3)
@@ -181,7 +189,9 @@ class Encoder(nn.Module):
     def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor,
                 g_text: float) -> Tensor:
         """v (B, N, C) standardised, text (B, L, D), masks False at padding -> H (B, N, C)."""
-        words = self.text(self.text_norm(text)) + self.position[:text.shape[1]]
+        # behind the last position a question goes on as a set of words
+        places = torch.arange(text.shape[1], device=text.device).clamp(max=len(self.position) - 1)
+        words = self.text(self.text_norm(text)) + self.position[places]
         x = torch.cat([v, g_text * words], 1)
         is_padding = ~torch.cat([valid, text_valid], 1)
         causal = None
@@ -407,6 +417,7 @@ class StepPrune(NoiseGate):
     """Policy, gate and denoiser around a frozen VLM."""
     rows = "question"
     reads_question = True
+    adaptive = True
     further_ways = ("exactly",)
 
     def __init__(self, cfg: Config):
@@ -483,7 +494,7 @@ class StepPrune(NoiseGate):
                 g_text: float = 1.0, generator=None) -> tuple[Tensor, Tensor, Rollout, Tensor]:
         """v -> (v~ after the denoiser, like v; a (B, N); Rollout; expected count (B,)).
 
-        Eqs. (2)-(14). Raises ValueError for an empty or too long question.
+        Eqs. (2)-(14). Raises ValueError for an empty question.
         """
         memory = self.memory(v, valid, text, text_valid, g_text).to(self.stop.dtype)
         # an argmax of rounded logits would be another pick
@@ -504,9 +515,6 @@ class StepPrune(NoiseGate):
     def memory(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor,
                g_text: float = 1.0) -> Tensor:
         """M (B, N+1, C).                                                                 Eq. (4)"""
-        if text.shape[1] > self.cfg.max_text:
-            raise ValueError(f"a question of {text.shape[1]} tokens: expected at most max_text="
-                             f"{self.cfg.max_text}")
         has_text = text_valid.any(1)
         if not has_text.all():
             row = int(has_text.int().argmin())
@@ -609,10 +617,12 @@ class StepPrune(NoiseGate):
     def ways(self, names, budgets, calibration) -> dict[str, Way]:
         """It stops by itself, steered to a mean of K; "exactly": K for each question."""
         exactly = super().ways(names, budgets, calibration)[""]
-        biases = self.calibrated(budgets, calibration()) if budgets else {}
+        # long enough for a question that needs twice the mean
+        most = max([self.most_kept, *(2 * k for k in budgets if k >= 1)])
+        biases = self.calibrated(budgets, calibration(), most) if budgets else {}
 
         def adaptive(asked, k):
-            orders = self.picks(asked.units, asked.question, biases[k], most=self.most_kept)
+            orders = self.picks(asked.units, asked.question, biases[k], most=most)
             return [order.sort().values for order in orders]
         ways = {"": Way(adaptive, reads_question=True, adaptive=True)}
         if "exactly" in names:
@@ -620,19 +630,20 @@ class StepPrune(NoiseGate):
         return ways
 
     @torch.no_grad()
-    def calibrated(self, budgets: list, batches) -> dict:
-        """{K: stop bias} for a mean of K on these (units, question), below 1 of that share. One
-        long episode each serves all budgets."""
-        margins, tokens = [], None
+    def calibrated(self, budgets: list, batches, most: int) -> dict:
+        """{K: stop bias} for a mean of K on these (units, question), below 1 of that share of their
+        tokens. One episode each of at most `most` picks serves all budgets."""
+        margins, tokens = [], []
         for units, question in batches:
             v, valid = units.pad()
-            tokens = tokens or units.counts[0]
+            tokens += valid.sum(1).tolist()
             memory = self.memory(v, valid, *question)
-            margin = self.rollout(memory, valid, NEVER, most=self.most_kept).margin
-            rest = self.most_kept - margin.shape[1]
+            margin = self.rollout(memory, valid, NEVER, most=most).margin
+            rest = most - margin.shape[1]
             margins.append(F.pad(margin, (0, rest), value=-torch.inf))     # no token left: it stops
         margin = torch.cat(margins)
-        biases = {k: calibrate(margin, k * tokens if k < 1 else k) for k in budgets}
+        share = sum(tokens) / len(tokens)
+        biases = {k: calibrate(margin, max(k * share, 1) if k < 1 else k) for k in budgets}
         print(f"unsteered, it keeps {stops(margin, 0.0).double().mean():.1f} tokens on average; "
               "stop bias " + ", ".join(f"{bias:.2f} for {k}" for k, bias in biases.items()))
         return biases

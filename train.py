@@ -8,17 +8,19 @@ listed by `python train.py --method NAME --help`.
 """
 
 import argparse
-import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm import tqdm
@@ -26,8 +28,10 @@ from transformers.hf_argparser import HfArg
 
 import evaluate
 import runs
-from common import FrozenVLM, find_adapter, read_config
-from data.batches import DATA, batches, cached, open_data
+from backbones.checkpoints import check_device, read_config
+from benchmarks.costs import is_large, that_fit, training_bytes
+from common import PROTOCOLS, FrozenVLM, find_adapter
+from data.batches import DATA, batches, cached, causes, open_data
 
 # options that may change when a run is resumed: the selector comes out the same
 FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "evaluate", "push",
@@ -40,6 +44,9 @@ class TrainConfig:
     method: str = HfArg(default="", help=f"{', '.join(runs.method_names())}; its own options are "
                                          "listed by --method NAME --help")
     model: str = HfArg(default="tiny/llava", help="folder or hub id of the frozen VLM")
+    protocol: Literal[PROTOCOLS] = HfArg(
+        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
+                               "prompts [paper]; stock: as the hub's processor and template do")
     run: str = HfArg(default="runs/METHOD", help="run folder")
     seed: int = HfArg(default=0, help="of weights, data and noise")
     steps: int = HfArg(default=0, help="optimiser steps; 0: from --epochs")
@@ -47,7 +54,7 @@ class TrainConfig:
                                             "them; 0: every scene is new")
     batch: int = HfArg(default=16, help="pictures a step, over all processes and parts")
     micro: int = HfArg(default=0, help="pictures at a time on each process, whose gradients are "
-                                       "summed; 0: all that fall to it")
+                                       "summed; 0: as many as fit into the memory")
     lr: float = HfArg(default=1e-3, help="AdamW's learning rate at its peak")
     autocast: bool = HfArg(default=False, help="the selector's matrix products in bfloat16")
     checkpointing: Literal["auto", "on", "off"] = HfArg(
@@ -69,8 +76,8 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of the frozen VLM")
     random_weights: bool = HfArg(default=False, help="build --model from its config alone, for "
                                                      "smoke runs, memory and speed")
-    device: Literal["cpu", "cuda"] = HfArg(
-        default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:1")
     workers: int = HfArg(default=1, help="processes that read data and build batches")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     evaluate: bool = HfArg(default=True, help="make the table and the pictures at the end")
@@ -85,8 +92,6 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device='cuda': no GPU is visible, expected --device cpu")
         if self.data == "folder" and not self.images:
             raise ValueError("data='folder' needs --images, the folder")
 
@@ -207,36 +212,49 @@ def train(config: TrainConfig, options) -> Path:
     """Train to the end, or on from the last checkpoint. options: the method's own, as parse()
     gives them. Returns the run folder."""
     module, run = runs.load_method(config.method), Path(config.run)
+    dtype = getattr(torch, config.dtype)
+    check_device(config.device, dtype)
+    if ":" in config.device:
+        torch.cuda.set_device(config.device)                  # which accelerate then takes
     accelerator = Accelerator(cpu=config.device == "cpu")
-    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), accelerator.device,
-                                    random_weights=config.random_weights)
-    frozen = sum(p.numel() for p in vlm.parameters())
-    vlm.checkpointing({"auto": frozen > 1e9, "on": True, "off": False}[config.checkpointing])
+    # the selector and the data come first: what is wrong with them ends the run before a weight of
+    # the VLM is read
+    shapes = FrozenVLM.from_pretrained(config.model, dtype, "meta", protocol=config.protocol)
     torch.manual_seed(config.seed)
-    selector = module.Method(module.Config.of(vlm, **vars(options))).to(vlm.device).train()
+    selector = module.Method(module.Config.of(shapes, **vars(options)))
     check_fit(config, selector, accelerator.num_processes)
-    data = open_data(config, vlm, selector.rows)
+    data = open_data(config, shapes, selector.rows)
     config.steps = config.steps or math.ceil(config.epochs * len(data) / config.batch)
 
-    about = runs.describe(config, selector, vlm, FREE)
+    about = runs.describe(config, selector, shapes, FREE)
     with accelerator.main_process_first():
         runs.open_run(run, about, config.overwrite, accelerator.is_main_process)
-        cache = cached(config, vlm, data) if config.cache_features else None
+    vlm = FrozenVLM.from_pretrained(config.model, dtype, accelerator.device,
+                                    random_weights=config.random_weights,
+                                    protocol=config.protocol, language=selector.reads_language)
+    selector.to(vlm.device).train()
+    if selector.reads_language:
+        vlm.checkpointing({"auto": is_large(vlm), "on": True, "off": False}[config.checkpointing])
+    cache = None
+    if config.cache_features:
+        cache = cached(config, vlm, data, selector.rows, accelerator.process_index,
+                       accelerator.num_processes)
     optimiser = torch.optim.AdamW(selector.parameters(), lr=config.lr,
                                   weight_decay=selector.weight_decay)
     first_step = runs.resume(run, selector, optimiser, vlm.device)
-    trainable = sum(p.numel() for p in selector.parameters())
+    if not first_step:
+        def first_batch(n: int):
+            few = replace(config, micro=min(n, config.steps * config.batch), workers=0)
+            return next(iter(batches(few, vlm, data, selector.rows, 0, 0, 1))).to(vlm.device)
+        selector.begin(vlm, first_batch)
+    config.micro = config.micro or fit_micro(config, vlm, selector, data, first_step, accelerator)
+    frozen, trainable = (sum(p.numel() for p in part.parameters()) for part in (vlm, selector))
     parts = config.batch // accelerator.num_processes // config.micro
     accelerator.print(
         f"{config.method} on {config.model}: {trainable / 1e6:.2f} M trainable of "
         f"{(trainable + frozen) / 1e6:.2f} M parameters, {config.steps} steps of {config.batch} "
         f"pictures = {accelerator.num_processes} processes x {parts} parts x {config.micro}, into "
         f"{run}" + (f"; resumed at step {first_step}" if first_step else ""))
-    if not first_step:
-        def first_batch(n: int):
-            few = replace(config, micro=min(n, config.steps * config.batch), workers=0)
-            return next(iter(batches(few, vlm, data, selector.rows, 0, 0, 1))).to(vlm.device)
-        selector.begin(vlm, first_batch)
 
     feed = batches(config, vlm, data, selector.rows, first_step, accelerator.process_index,
                    accelerator.num_processes, cache)
@@ -247,11 +265,41 @@ def train(config: TrainConfig, options) -> Path:
     return run
 
 
+def fit_micro(config, vlm, selector, data, first_step: int, accelerator) -> int:
+    """Pictures at a time, by what the largest of the next eight takes; all of a process's share on
+    a CPU that holds a small model."""
+    share = config.batch // accelerator.num_processes
+    if vlm.device.type == "cpu" and not is_large(vlm):
+        return share
+
+    def step(n: int) -> Callable:
+        few = replace(config, micro=n, batch=n * accelerator.num_processes, workers=0)
+        feed = batches(few, vlm, data, selector.rows, first_step, accelerator.process_index,
+                       accelerator.num_processes)
+        largest = max(islice(feed, 8 // n), key=lambda batch: batch.size).to(vlm.device)
+        items = item_numbers(few, first_step, accelerator)
+        state = Step(first_step, config.steps, config.seed, items, accelerator, config.autocast)
+        return lambda: train_step(selector, vlm, [largest], state)
+    fixed, picture = training_bytes(selector, step, vlm.device)
+    fit = min(gather_object([that_fit(picture, vlm.device, share, fixed)]))
+    accelerator.print(f"training takes {fixed / 2**30:.3f} GiB and {picture / 2**30:.3f} GiB a "
+                      f"picture: {fit} at a time fit")
+    if not fit:
+        raise ValueError(f"not even one picture at a time fits, {(fixed + picture) / 2**30:.1f} "
+                         "GiB: expected --checkpointing on, fewer --questions, or a larger device")
+    return divisor(share, fit)
+
+
+def divisor(share: int, most: int) -> int:
+    """The largest number up to `most` that parts a share of the batch evenly."""
+    return max(n for n in range(1, max(most, 1) + 1) if share % n == 0)
+
+
 def loop(config, vlm, selector, optimiser, feed, first_step: int, accelerator) -> None:
     """The steps from first_step on."""
     run, is_main = Path(config.run), accelerator.is_main_process
-    log = open_log(run / "log.jsonl", first_step, accelerator)
-    start, skipped = time.perf_counter(), set()
+    log = runs.open_log(run / "log.jsonl", first_step, is_main)
+    start, skipped, shown = time.perf_counter(), set(), Counter()
     numbers = range(first_step, config.steps)
     bar = tqdm(numbers, "train", initial=first_step, total=config.steps, disable=not is_main)
     for number in bar:
@@ -262,7 +310,14 @@ def loop(config, vlm, selector, optimiser, feed, first_step: int, accelerator) -
         lr = selector.learning_rate(config.lr, number, config.steps)
         optimiser.param_groups[0]["lr"] = lr
         optimiser.zero_grad(set_to_none=True)
-        loss, numbers_to_log = train_step(selector, vlm, parts, step)
+        try:
+            loss, numbers_to_log = train_step(selector, vlm, parts, step)
+        except torch.OutOfMemoryError as error:
+            less = divisor(len(sum(items, [])), config.micro - 1)
+            raise RuntimeError(
+                f"out of memory at step {number} with {config.micro} pictures at a time: the same "
+                f"command with --micro {less}, or --checkpointing on, goes on from the last "
+                "checkpoint") from error
         # one step on an odd picture must not undo many good ones
         norm = torch.nn.utils.clip_grad_norm_(selector.parameters(), 1.0).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -277,34 +332,26 @@ def loop(config, vlm, selector, optimiser, feed, first_step: int, accelerator) -
         bar.set_postfix({"loss": f"{loss:.3f}", "grad": f"{norm:.2f}",
                          **{name: f"{x:.3g}" for name, x in numbers_to_log.items()}})
         for reason in sorted({each for batch in parts for each in batch.skipped} - skipped):
-            bar.write(f"skipped: {reason}")
             skipped.add(reason)
+            shown.update(kind := causes([reason]))
+            if shown[next(iter(kind))] <= 3:                  # a missing folder is many pictures
+                bar.write(f"skipped: {reason}")
         if is_main and ((number + 1) % config.save_every == 0 or number + 1 == config.steps):
             runs.save_checkpoint(run, number + 1, selector, optimiser)
+    found = {*gather_object(sorted(skipped))}
+    by_cause = ", ".join(f"{n} {cause}" for cause, n in causes(found).most_common())
     accelerator.print(f"trained in {time.perf_counter() - start:.0f} s"
-                      + (f"; {len(skipped)} samples skipped" if skipped else ""))
-
-
-def open_log(path: Path, first_step: int, accelerator) -> Callable[[dict], None]:
-    """log(line), appended to path on the main process alone."""
-    lines = path.read_text().splitlines()[:first_step] if path.exists() else []
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        return lambda line: None
-    # lines after the checkpoint will be made again
-    runs.write_text(path, "".join(line + "\n" for line in lines))
-    file = open(path, "a", buffering=1)
-    return lambda line: file.write(json.dumps(line) + "\n")
+                      + (f"; {len(found)} samples skipped or cut: {by_cause}" if found else ""))
 
 
 def check_fit(config: TrainConfig, selector, processes: int) -> None:
-    """Set config.micro. Raises ValueError for a batch that does not part into equal shares, or a
-    cache that the method cannot read."""
-    config.micro = config.micro or max(config.batch // processes, 1)
-    if config.batch % (processes * config.micro):
-        raise ValueError(f"batch={config.batch} on {processes} processes, micro={config.micro}: "
-                         f"expected a multiple of {processes * config.micro}, so that every part "
-                         "gets the same number")
+    """Raises ValueError for a batch that does not part into equal shares, or a cache that the
+    method cannot read."""
+    micro = config.micro or 1
+    if config.batch % (processes * micro):
+        raise ValueError(f"batch={config.batch} on {processes} processes, micro={micro}: expected "
+                         f"a multiple of {processes * micro}, so that every part gets the same "
+                         "number")
     if config.cache_features and selector.rows == "question twice":
         raise ValueError(f"cache_features={config.cache_features!r} holds vision features, but "
                          "this method reads the language model's states: leave it out")
@@ -315,7 +362,7 @@ def main(args: list[str]) -> None:
     run = train(config, options)
     if config.evaluate and not config.random_weights:         # every process answers its share
         evaluate.main(["--run", str(run), "--model", config.model, "--device", config.device,
-                       "--dtype", config.dtype])
+                       "--dtype", config.dtype, "--protocol", config.protocol])
     if config.push and Accelerator().is_main_process:
         HfApi().create_repo(config.push, exist_ok=True)
         HfApi().upload_folder(repo_id=config.push, folder_path=run / "selector")

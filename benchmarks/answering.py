@@ -8,8 +8,8 @@ Shapes  Q questions of a batch, B different pictures among them, K kept units
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from baselines.encoder import encode
-from baselines.inside import generate_inside
-from benchmarks.costs import Clock, per_layer, prefill_flops, timed, token_budget
+from baselines.inside import Shown, generate_inside
+from benchmarks import plots
+from benchmarks.costs import (
+    Clock,
+    is_large,
+    peak_bytes,
+    per_layer,
+    prefill_flops,
+    that_fit,
+    timed,
+    token_budget,
+)
 from benchmarks.predictions import Predictions, plain
 from benchmarks.questions import Question
 from common import Prompt, Units
@@ -74,7 +84,7 @@ class QuestionBatch:
 
 class Answers(NamedTuple):
     """texts[q]
-    keep[q]     (K,) indices of what was kept to the end, or None for all
+    keep[q]     (K,) the units that were kept to the end, or None for all
     entered[q]  visual tokens in front of the language model, newlines included
     later[q]    {layer: how many there are from it on}
     """
@@ -88,14 +98,14 @@ class Impossible(ValueError):
     """A selection cannot keep K of such tokens, or serve such pictures at all."""
 
 
-def ask(vlm, questions: list[Question], prepare: Callable = lambda image: image, *ways: Way | None,
-        clock: Clock | None = None) -> QuestionBatch:
+def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None = None
+        ) -> QuestionBatch:
     """Some questions, every different picture encoded once, with all that the ways need.
 
     Raises ValueError naming questions that cannot be read, or are too long.
     """
     clock = clock or Clock(vlm.device)
-    images = [read_images(question, prepare) for question in questions]
+    images = [read_images(question) for question in questions]
     hashes = [content_hash(several) for several in images]
     names = list(dict.fromkeys(hashes))
     owner = [names.index(name) for name in hashes]
@@ -134,9 +144,9 @@ def content(question: Question) -> str:
     return content_hash(question.images())
 
 
-def read_images(question: Question, prepare: Callable) -> list:
+def read_images(question: Question) -> list:
     try:
-        return [prepare(image.convert("RGB")) for image in question.images()]
+        return [image.convert("RGB") for image in question.images()]
     except ValueError as error:
         raise ValueError(f"the pictures of question {question.id!r} cannot be read: {error}"
                          ) from error
@@ -226,15 +236,15 @@ def drown(way: Way, asked: QuestionBatch, budget) -> Tensor:
 
 
 @torch.no_grad()
-def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, prepare=lambda image: image,
-                 seed: int = 0, positions: str = "original") -> dict:
+def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, seed: int = 0,
+                 positions: str = "original") -> dict:
     """{(name, K): rows of a predictions file} of one batch, or an Impossible where K cannot be had.
 
     part: [(number, question), ...] with the same limit of new tokens
     ways: {(name, K): Way, or None for all tokens}
     """
     clock = Clock(vlm.device)
-    asked = ask(vlm, [question for _, question in part], prepare, *ways.values(), clock=clock)
+    asked = ask(vlm, [question for _, question in part], *ways.values(), clock=clock)
     tokens = asked.tokens()
     texts = {twice: text_tokens(vlm, batch) for twice, batch in asked.inputs.items()}
     limit = part[0][1].limit
@@ -293,13 +303,14 @@ def answer_inside(vlm, way: Way, asked: QuestionBatch, batch, key, clock: Clock,
     it together."""
     prompt = vlm.embed(batch, asked.units)
     entered = prompt.is_visual.sum(1).tolist()
+    shown = Shown.of(vlm, batch, asked.units)
     groups = by_budget(key[1], entered)
     rows = {}
     for k, members in groups.items():
         part = prompt if len(groups) == 1 else rows_of(prompt, members)
         counts = [entered[b] for b in members]
-        rows |= zip(members, generate_staged(vlm, way, part, counts, k, key, clock, limit,
-                                             positions))
+        rows |= zip(members, generate_staged(vlm, way, part, shown.rows(members), counts, k, key,
+                                             clock, limit, positions))
     texts, keep, later = zip(*(rows[b] for b in range(len(entered))))
     return Answers(list(texts), None if keep[0] is None else list(keep), entered, list(later))
 
@@ -311,10 +322,10 @@ def rows_of(prompt: Prompt, rows: list[int]) -> Prompt:
     return part.only(part.mask.bool())
 
 
-def generate_staged(vlm, way: Way, prompt: Prompt, entered: list[int], k, key, clock: Clock,
-                    limit: int, positions: str):
-    """Of every row: its answer, the indices of what was kept to the end, or None for all,
-    {layer: visual tokens from it on}."""
+def generate_staged(vlm, way: Way, prompt: Prompt, shown: Shown, entered: list[int], k, key,
+                    clock: Clock, limit: int, positions: str):
+    """Of every row: its answer, the units that were kept to the end, or None for all, {layer:
+    visual tokens from it on}."""
     try:
         rules = way.stages(k, entered)
     except ValueError as error:
@@ -325,7 +336,10 @@ def generate_staged(vlm, way: Way, prompt: Prompt, entered: list[int], k, key, c
         def watch(view):
             # the choices of all stages together are one selection
             with clock(("select", key), len(entered) if layer == min(rules) else 0):
-                chosen = rule(view)
+                try:
+                    chosen = rule(view)
+                except ValueError as error:            # such as fewer tokens than crops
+                    raise Impossible(str(error)) from error
             keep, changes = chosen if isinstance(chosen, tuple) else (chosen, {})
             origins = [origin[index] for origin, index in zip(view.origin, keep)]
             kept[layer] = changes.get("origin") or origins
@@ -333,10 +347,12 @@ def generate_staged(vlm, way: Way, prompt: Prompt, entered: list[int], k, key, c
         return watch
     stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
     texts = timed(clock, key, len(entered), lambda streamer: generate_inside(
-        vlm, prompt, stages, limit, streamer, positions))
+        vlm, prompt, stages, limit, streamer, positions, shown))
     if not stages:
         clock.add(("select", key), 0., len(entered))   # nothing is selected, in no time
-    last = kept[max(kept)] if kept else [None] * len(entered)
+    last = [None] * len(entered)
+    if kept:
+        last = [shown.units_of(b, tokens) for b, tokens in enumerate(kept[max(kept)])]
     later = [{layer: len(keep[b]) for layer, keep in kept.items()} for b in range(len(entered))]
     return zip(texts, last, later)
 
@@ -362,6 +378,20 @@ def make_row(vlm, clock: Clock, key, numbered: tuple[int, Question], q: int, ans
     return row
 
 
+@torch.no_grad()
+def draw_kept(vlm, selector, way: Way, k, questions, path) -> None:
+    """Six pictures with a trained selector's scores and what its way keeps of them."""
+    if way.select is None or way.stages is not None:
+        return                                  # it selects inside the language model
+    few = list({content(question): question for question in questions[:60]}.values())[:6]
+    asked = ask(vlm, few, way)
+    keep = choose(way, asked, k)[0]
+    heat = selector.scores(asked.units, asked.question)
+    orders = plots.by_score(asked.units, heat, keep) if way.reads_question else None
+    titles = [question.prompt for question in few]
+    plots.draw_units(vlm, asked.batch, asked.units, heat, keep, titles, path, orders)
+
+
 # ------------------------------------------------------------------------------------ all batches
 
 
@@ -377,9 +407,26 @@ def batches(questions, size: int) -> list[list[tuple[int, Question]]]:
     return parts
 
 
-def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int = 8,
-        prepare: Callable = lambda image: image, seed: int = 0, process: int = 0,
-        processes: int = 1, title: str = "", positions: str = "original") -> None:
+def most_at_a_time(vlm, questions: list[Question], ways: dict, most: int) -> int:
+    """How many questions fit into the memory at once, a power of two; `most` on a CPU that holds a
+    small model. Four of them, with one new token, are measured in all ways."""
+    if vlm.device.type == "cpu" and not is_large(vlm):
+        return most
+    few = [replace(question, limit=1) for question in questions[::max(len(questions) // 4, 1)]]
+
+    def peak(question: Question) -> int:
+        return peak_bytes(lambda: answer_batch(vlm, [(0, question)], ways), vlm.device)
+    row = max(map(peak, few[:4]))
+    fit = that_fit(row, vlm.device, most)
+    if not fit:
+        raise ValueError(f"one question takes {row / 2**30:.1f} GiB, more than is free: expected "
+                         "a smaller --dtype, or fewer --methods at a time")
+    return 2 ** (fit.bit_length() - 1)
+
+
+def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int = 8, seed: int = 0,
+        process: int = 0, processes: int = 1, title: str = "", positions: str = "original"
+        ) -> None:
     """Answer what the files lack, each in its way, see answer_batch(); of several processes each
     answers its share of the batches.
 
@@ -393,7 +440,7 @@ def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int 
                    if any(question.id not in files[key].done for _, question in part)}
         if not lacking:
             continue
-        for key, rows in answer_batch(vlm, part, lacking, prepare, seed, positions).items():
+        for key, rows in answer_batch(vlm, part, lacking, seed, positions).items():
             if isinstance(rows, Impossible):
                 print(f"{key[0]} {key[1]}: left out, {rows}")
                 del ways[key]

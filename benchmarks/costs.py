@@ -1,9 +1,19 @@
-"""What an answer costs: time by stage, visual tokens by layer, and FLOPs of the prompt."""
+"""What an answer costs: time by stage, memory, visual tokens by layer, and FLOPs of the prompt."""
 
+import copy
 import time
+import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from backbones.checkpoints import free_bytes
+
+LARGE_MODEL = 1e9                     # parameters from which on memory is watched [ours]
+SPARE = 0.15                          # of the free memory, for what differs from row to row [ours]
 
 
 class Clock:
@@ -59,6 +69,94 @@ def timed(clock: Clock, way, items: int, generate) -> list[str]:
     clock.add(("prefill", way), first_token - start, items)
     clock.add(("decode", way), end - first_token, items)
     return texts
+
+
+# ------------------------------------------------------------------------------------ memory
+
+
+def is_large(model: torch.nn.Module) -> bool:
+    return sum(p.numel() for p in model.parameters()) > LARGE_MODEL
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are made and freed inside it; most: the highest count."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        for tensor in tensors((args, kwargs)):
+            self.meet(tensor.untyped_storage(), 0)             # it was there before, or is counted
+        made = operator(*args, **kwargs)
+        for tensor in tensors(made):
+            self.meet(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return made
+
+    def meet(self, storage, size: int) -> None:
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def peak_bytes(run: Callable, device: torch.device) -> int:
+    """The most memory that run() held at a time, beyond what was there before.
+
+    On CUDA the allocator tells; elsewhere all tensors are counted, without the working memory
+    inside an operator.
+    """
+    if device.type != "cuda":
+        with LiveBytes() as live:
+            run()
+        return live.most
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def that_fit(row: int, device: torch.device, most: int, fixed: int = 0) -> int:
+    """How many rows of `row` bytes fit beside `fixed` bytes into the device's free memory, SPARE
+    left over; at most `most`, which stands where nothing tells what is free."""
+    free = free_bytes(device)
+    if free is None or not row:
+        return most
+    return max(0, min(most, int((free * (1 - SPARE) - fixed) // row)))
+
+
+def training_bytes(selector, step: Callable, device: torch.device) -> tuple[int, int]:
+    """What a training step takes beside the weights that are there: bytes whatever the number of
+    pictures, with gradients and AdamW's two moments, and bytes of each picture.
+
+    step(n)() makes the gradients of n pictures; the selector comes out as it went in.
+    """
+    before = copy.deepcopy(selector.state_dict())
+    peaks = []
+    for n in (1, 2):
+        peaks.append(peak_bytes(step(n), device))
+        selector.zero_grad(set_to_none=True)
+        selector.load_state_dict(before)
+    picture = max(peaks[1] - peaks[0], 1)
+    moments = 2 * sum(p.nbytes for p in selector.parameters())
+    return max(peaks[0] - picture, 0) + moments, picture
+
+
+# ------------------------------------------------------------------------------------ tokens
 
 
 def per_layer(tokens: int, counts: dict[int, int], layers: int) -> list[int]:

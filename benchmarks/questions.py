@@ -1,6 +1,7 @@
 """What all benchmarks share: the form of a question, and tables of them from the hub or from files.
 """
 
+import inspect
 import json
 import re
 from collections import Counter
@@ -15,9 +16,11 @@ from datasets import Image as Picture
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.scores import group
 from data.pictures import open_picture
 from data.sources import hub
 
+HELD_OUT = 0.1                                         # of a benchmark, to steer methods by [ours]
 KINDS = (".parquet", ".json", ".jsonl")
 PICTURES = re.compile(r"images?(_\d+)?")               # columns whose cells may be a picture's path
 
@@ -171,6 +174,27 @@ def numbered(ids) -> list[str]:
         known.add(new)
         unique.append(new)
     return unique
+
+
+def draw_questions(module, path: Path | None, family: str, options: dict, n: int,
+                   calibration: int, seed: int) -> tuple[list[Question], list[Question], str]:
+    """Of a benchmark n questions, 0 for all; at most `calibration` others that steer adaptive
+    methods to K, and are not scored; what these are.
+
+    They come from what is not drawn, or a tenth is left out. The tiny world, which makes as many as
+    are wanted, has a split for them. family, options: of its load().
+    """
+    if "n" in inspect.signature(module.load).parameters:
+        asked = module.load(None, family=family, **{"n": n or 1000, **options})
+        steering = module.load(None, family=family, n=calibration, split="calibration")
+        return list(asked), list(steering), "its split for calibration"
+    whole = list(module.load(path, family=family, **options))
+    held_out = min(calibration, max(1, int(HELD_OUT * len(whole))))
+    asked = sample(whole, min(n or len(whole), len(whole) - held_out), seed, group)
+    chosen = {question.id for question in asked}
+    rest = [question for question in whole if question.id not in chosen]
+    steering = sample(rest, calibration, seed, group)
+    return asked, steering, f"{len(steering)} of its questions, which are not scored"
 
 
 def sample(questions, n: int | None, seed: int = 0, group=lambda row: row["id"]

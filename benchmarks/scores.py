@@ -18,7 +18,7 @@ from benchmarks import predictions
 VANILLA = ("vanilla", 0)
 SEED = re.compile(r"_s\d+\b")         # what tells the runs of one setting apart, <run>_s0, <run>_s1
 PRINTED = Path(__file__).with_name("published.json")
-SAME_RUN = ("model", "fingerprint", "dtype", "style", "positions")
+SAME_RUN = ("model", "fingerprint", "dtype", "protocol", "positions")
 
 
 def complete_files(folder: Path) -> tuple[dict, dict]:

@@ -47,8 +47,8 @@ def report(lines: list[dict], quoted: list[dict] = (), header: dict | None = Non
     if spreads := spread_table(lines):
         blocks += ["How many tokens were kept where the method decides:", spreads]
     if header:
-        blocks.append(f"model {header['model']}, prompt {header['style']}, pictures padded: "
-                      f"{header.get('pad')}")
+        blocks.append(f"model {header['model']}, pictures and prompts as in the protocol "
+                      f"{header.get('protocol')!r}")
     return "\n\n".join(blocks)
 
 
@@ -172,8 +172,8 @@ def missing_averages(lines: list[dict]) -> list[str]:
 def summary(lines: list[dict]) -> str:
     """Average retention in percent, a row a method, a column a K, the unpruned model above, then
     best first at the smallest K; of runs that differ in the seed alone mean ± standard deviation.
-    In brackets the mean number of visual tokens in a layer of the language model, where it is not
-    what is kept."""
+    In brackets what was kept, where it is not K, or the mean number of visual tokens in a layer of
+    the language model, where it is not what is kept."""
     budgets = sorted({line["K"] for line in lines if not isinstance(line["K"], str) and line["K"]},
                      reverse=True)
     methods = {}
@@ -195,8 +195,10 @@ def summary(lines: list[dict]) -> str:
 
 
 def in_layers(line: dict) -> str:
-    layers, kept = line["cost"]["layer_mean"], line["cost"]["kept"]
+    layers, kept, k = line["cost"]["layer_mean"], line["cost"]["kept"], line["K"]
     brackets = f" ({layers:.0f})" if abs(layers - kept) > 1 else ""
+    if not brackets and k >= 1 and abs(kept - k) >= .05:
+        brackets = f" (kept {kept:.1f})"
     return number(line["average"], line.get("average_sd")) + brackets
 
 

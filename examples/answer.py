@@ -9,7 +9,8 @@ are the turns of one dialogue.
 
 A selection that reads no question is made once; later turns are read behind the pruned cache. One
 that reads the question is made anew in every turn, and the dialogue is read again. One inside the
-language model is asked each question by itself.
+language model is asked each question by itself. A method that decides how many tokens it keeps is
+steered to K of them on the first question.
 """
 
 import io
@@ -28,21 +29,18 @@ from transformers import TextStreamer
 from transformers.hf_argparser import HfArg
 
 import baselines
-import benchmarks
 import evaluate
 import runs
 from baselines.encoder import encode
-from baselines.inside import generate_inside
+from baselines.inside import Shown, generate_inside
 from benchmarks import answering, plots
 from benchmarks.answering import QuestionBatch
 from benchmarks.costs import Clock
-from common import FrozenVLM
+from common import PROTOCOLS, FrozenVLM
 from data.pictures import oblong, open_picture
 from evaluate import many
 from examples.chat import Chat
 from runs import Selector, Way
-
-CALIBRATION_BATCH = 32                # questions at a time
 
 
 @dataclass
@@ -56,14 +54,17 @@ class AnswerConfig:
     methods: list[str] = many([], "baselines beside the runs: " + ", ".join(baselines.names()))
     ways: list[str] = many([], "ways in which the runs' method is asked, in place of its own; its "
                                "file says which, such as exactly or gated")
-    budgets: list[int] = many([48, 16], "K, kept tokens of all pictures together; their mean where "
-                                        "the method decides how many [ours]")
+    budgets: list[int] = many([48, 16], "K, kept tokens of all pictures together; where the method "
+                                        "decides how many, those of the first question [ours]")
     max_new_tokens: int = HfArg(default=64, help="most tokens of an answer [ours]")
-    calibration: int = HfArg(default=2000, help="questions that steer an adaptive method to K")
+    protocol: Literal[PROTOCOLS] = HfArg(
+        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
+                               "prompts [paper]; stock: as the hub's processor and template do")
     out: str = HfArg(default="runs/answer", help="folder of answer.png and answer.json")
     dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
                                                              help="of the frozen VLM")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="cpu, cuda or cuda:1")
 
     def __post_init__(self):
         if unknown := sorted({*self.methods} - {*baselines.names()}):
@@ -116,19 +117,15 @@ class Stamped(TextStreamer):
 # ------------------------------------------------------------------------------------ who answers
 
 
-def answerers_of(config: AnswerConfig, vlm: FrozenVLM) -> list[Answerer]:
-    """All tokens, then every baseline and run at every budget.
+def answerers_of(config: AnswerConfig, vlm: FrozenVLM, selectors: dict, calibration
+                 ) -> list[Answerer]:
+    """All tokens, then every baseline and run at every budget. selectors: of load_selectors();
+    calibration: see runs.Selector.ways().
 
     Raises ValueError where one cannot serve this VLM, or a method has no such way.
     """
-    def calibration():
-        """(units, question) in batches, of questions of the tiny world."""
-        questions = benchmarks.load_module(evaluate.CALIBRATION).load(
-            split="calibration", family=vlm.family, n=config.calibration)
-        return answering.calibration_batches(vlm, questions, CALIBRATION_BATCH)
     named = {name: (baselines.way(name, vlm), None) for name in config.methods}
-    for run in config.run:
-        selector, _ = runs.load_selector(run, vlm)
+    for run, selector in selectors.items():
         # no budgets, no calibration: only a method's own way is steered to them
         own = selector.ways(config.ways, [] if config.ways else config.budgets, calibration)
         for suffix in [f" {name}" for name in config.ways] or [""]:
@@ -199,6 +196,7 @@ def answer_inside(vlm: FrozenVLM, answerer: Answerer, batch, clock: Clock, strea
     """The answer where the selection happens inside the language model."""
     prompt = vlm.embed(batch, answerer.asked.units)
     entered = prompt.is_visual.sum(1).tolist()
+    shown = Shown.of(vlm, batch, answerer.asked.units)
 
     def watched(rule):
         def watch(view):
@@ -206,12 +204,12 @@ def answer_inside(vlm: FrozenVLM, answerer: Answerer, batch, clock: Clock, strea
                 chosen = rule(view)
             keep, changes = chosen if isinstance(chosen, tuple) else (chosen, {})
             origin = changes.get("origin") or [view.origin[0][keep[0]]]
-            answerer.keep = origin[0]                  # those of the last stage remain
+            answerer.keep = shown.units_of(0, origin[0])       # those of the last stage remain
             return chosen
         return watch
     rules = answerer.way.stages(answering.wanted(answerer.budget, entered[0]), entered)
     rules = {layer: watched(rule) for layer, rule in rules.items()}
-    return generate_inside(vlm, prompt, rules, max_new_tokens, stream)[0]
+    return generate_inside(vlm, prompt, rules, max_new_tokens, stream, shown=shown)[0]
 
 
 # ------------------------------------------------------------------------------------ the dialogue
@@ -259,13 +257,17 @@ def main(args: list[str] | None = None) -> list[dict]:
     (config,) = parser.parse_args_into_dataclasses(args)
     images = open_images(config)
     evaluate.settle(config)
-    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), config.device)
+    selectors = evaluate.load_selectors(config)
+    vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), config.device,
+                                    protocol=config.protocol)
     pixels = vlm.pictures([images])
     clock = Clock(vlm.device)
     lines = []
     for number, question in enumerate(questions(config, vlm, images), 1):
         if number == 1:
-            answerers = answerers_of(config, vlm)
+            first = vlm.question(vlm.batch([images], [[(question, None)]]))
+            steering = [(vlm.encode(pixels), first)]
+            answerers = answerers_of(config, vlm, selectors, steering.copy)
             needs = {name: what for each in answerers for name, what in each.way.needs.items()}
             warm_up(config, vlm, answerers, images, pixels, needs, question)
             with clock("vision", 1):
@@ -283,11 +285,7 @@ def main(args: list[str] | None = None) -> list[dict]:
         raise ValueError("no question: give --question, or one a line on standard input")
     print(f"\n{table(lines)}\n")
     out = Path(config.out)
-    last = vlm.batch([images], [[(lines[-1]["question"], None)]])
-    # where newlines stood among what was chosen from, an index is no place in the picture
-    has_newlines = vlm.adapter.slots(last) is not None
-    drawn = [each for each in answerers
-             if each.keep is not None and not (each.way.stages and has_newlines)]
+    drawn = [each for each in answerers if each.keep is not None]
     if drawn:
         out.mkdir(parents=True, exist_ok=True)
         draw(vlm, drawn, images, picture, out / "answer.png")

@@ -7,6 +7,7 @@ Greedy, one question at a time.
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,9 @@ import runs
 from benchmarks import answering
 from benchmarks.questions import Question
 from common import FrozenVLM
-from examples.answer import AnswerConfig, Answerer, answerers_of, many
+from examples.answer import AnswerConfig, answerers_of, many
+
+STEERING = 200                        # questions of a task [ours]
 
 
 @dataclass
@@ -31,7 +34,8 @@ class HarnessConfig:
     methods: list[str] = many([], "a baseline, in place of a run")
     ways: list[str] = many([], "a way in which the run's method is asked, in place of its own, "
                                "such as exactly")
-    budget: int = HfArg(default=64, help="K, kept tokens; their mean where the method decides")
+    budget: int = HfArg(default=64, help="K, kept tokens; where the method decides, their mean "
+                                         f"over {STEERING} questions of the task [ours]")
     limit: int | None = HfArg(default=None, help="documents of each task; without it: all")
 
     def __post_init__(self):
@@ -43,44 +47,51 @@ class HarnessConfig:
 
 
 class Pruned:
-    """The model's side. answerer: how it selects. task_dict: see generate_until()."""
+    """The model's side. choose(calibration) -> the Answerer of a task; calibration: see
+    runs.Selector.ways(). task_dict: see question()."""
 
-    def __init__(self, vlm: FrozenVLM, answerer: Answerer):
+    def __init__(self, vlm: FrozenVLM, choose: Callable):
         super().__init__()
         self.vlm = vlm
-        self.answerer = answerer
+        self.choose = choose
         self.task_dict = {}
 
-    def answer(self, images: list[Image.Image], prompt: str, max_new_tokens: int) -> str:
-        """Raises ValueError where K cannot be had, and for a prompt that cannot be read."""
-        prompt = prompt.replace(self.vlm.image_token, " ").strip()
-        question = Question(prompt, lambda: images, prompt, None, max_new_tokens)
-        key = self.answerer.name, self.answerer.budget
-        way = self.answerer.way
-        rows = answering.answer_batch(self.vlm, [(0, question)], {key: way})[key]
-        if isinstance(rows, answering.Impossible):
-            raise rows
-        return rows[0]["answer"]
+    def question(self, request) -> Question:
+        """A request's args are (context, gen_kwargs, doc_to_visual, doc_id, task, split), its
+        document is task_dict[task][split][doc_id]. Raises ValueError where that has no pictures of
+        PIL, and for sampling."""
+        context, how, doc_to_visual, doc_id, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][doc_id])
+        if not images or not all(isinstance(image, Image.Image) for image in images):
+            raise ValueError(f"{task} {split} {doc_id} has {images!r:.80}: expected PIL images, at "
+                             "least one")
+        if how.get("do_sample") or (how.get("num_beams") or 1) > 1:
+            raise ValueError(f"{task} wants {how}: expected greedy decoding, do_sample=False and "
+                             "num_beams=1")
+        prompt = context.replace(self.vlm.image_token, " ").strip()
+        return Question(f"{task} {doc_id}", lambda: images, prompt, None,
+                        how.get("max_new_tokens", 128))
 
     def generate_until(self, requests) -> list[str]:
-        """One answer a request.
+        """One answer a request, see question(). A method that decides how many tokens it keeps is
+        steered to K on some of the task's own questions, of which no answer is read.
 
-        Its args are (context, gen_kwargs, doc_to_visual, doc_id, task, split), its document is
-        task_dict[task][split][doc_id]. Raises ValueError where that has no pictures of PIL, and for
-        sampling.
+        Raises ValueError where K cannot be had, and for a prompt that cannot be read.
         """
+        def calibration():
+            some = [self.question(request) for request in requests[::step][:STEERING]]
+            return answering.calibration_batches(self.vlm, some, 8)
+        step = max(len(requests) // STEERING, 1)
+        answerer = self.choose(calibration)
+        key = answerer.name, answerer.budget
         answers = []
         for request in tqdm(requests, "generate_until"):
-            context, how, doc_to_visual, doc_id, task, split = request.args
-            images = doc_to_visual(self.task_dict[task][split][doc_id])
-            if not images or not all(isinstance(image, Image.Image) for image in images):
-                raise ValueError(f"{task} {split} {doc_id} has {images!r:.80}: expected PIL "
-                                 "images, at least one")
-            if how.get("do_sample") or (how.get("num_beams") or 1) > 1:
-                raise ValueError(f"{task} wants {how}: expected greedy decoding, do_sample=False "
-                                 "and num_beams=1")
-            answer = self.answer(images, context, how.get("max_new_tokens", 128))
-            stops = how.get("until") or []
+            part = [(0, self.question(request))]
+            rows = answering.answer_batch(self.vlm, part, {key: answerer.way})[key]
+            if isinstance(rows, answering.Impossible):
+                raise rows
+            answer = rows[0]["answer"]
+            stops = request.args[1].get("until") or []
             for stop in filter(None, [stops] if isinstance(stops, str) else stops):
                 answer = answer.split(stop)[0]         # greedy: the same as stopping there
             answers.append(answer)
@@ -111,8 +122,9 @@ def main(args: list[str] | None = None) -> None:
     evaluate.settle(config)
     if config.methods:
         config.run = []                                # it only said which model
+    selectors = evaluate.load_selectors(config)
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), config.device)
-    model = wrapped(vlm, answerers_of(config, vlm)[-1])
+    model = wrapped(vlm, lambda steer: answerers_of(config, vlm, selectors, steer)[-1])
     evaluator, tasks, utils = (importlib.import_module(f"lmms_eval.{name}")
                                for name in ("evaluator", "tasks", "utils"))
     print(utils.make_table(evaluator.simple_evaluate(

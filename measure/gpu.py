@@ -3,6 +3,8 @@
     python -m measure.gpu llava-1.5-7b --device cuda
     python -m measure.gpu llava-1.5-7b --shrink --device cpu       the same code: figures of nothing
 
+memory   of a training step: predicted from one and two pictures, as train.py does where --micro is
+         0, and measured
 train    peak memory and throughput of a training step of each method, beside the frozen model's
          forward and backward alone, which is the bound; in bfloat16 with checkpointing in the
          language model, the selector under autocast
@@ -18,6 +20,7 @@ texts repeat a word.
 import copy
 import json
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from PIL import Image
 from torch import nn
 
 import runs
-from benchmarks.costs import Clock
+from benchmarks.costs import Clock, peak_bytes, training_bytes
 from common import FrozenVLM
 from data.batches import Batch
 from measure import flops, shapes
@@ -85,10 +88,10 @@ def method_options(options) -> dict:
 # ------------------------------------------------------------------ training
 
 
-def training_batch(selector, vlm: FrozenVLM, options) -> Batch:
+def training_batch(selector, vlm: FrozenVLM, options, rows: int = 0) -> Batch:
     """One of the kind that the selector is trained on; None stands for the VLM alone."""
     silent = selector is not None and selector.rows == "picture"
-    rows = options.pictures_batch if silent else options.batch
+    rows = rows or (options.pictures_batch if silent else options.batch)
     batch = fabricate(vlm, rows, options.side, options.text, options.answer)
     return Batch(batch, None if silent else batch, list(range(rows)))
 
@@ -140,6 +143,30 @@ def measure_step(name: str, selector, vlm: FrozenVLM, options) -> dict:
     return {"method": name, "trained, M": trained / 1e6, "batch": rows, "tokens a row": length,
             "peak, GiB": peak, "estimate, GiB": estimate / 2**30,
             "s a step": clock.ms("step") / 1e3, "rows a second": 1e3 * rows / clock.ms("step")}
+
+
+def measure_memory(vlm: FrozenVLM, options, peak=None) -> list[dict]:
+    """A line for every method and number of pictures: MiB of a training step beyond the weights of
+    the models, with gradients and AdamW's two moments. A picture has one question."""
+    lines = []
+    vlm.checkpointing(True)
+    for name, selector in flops.build_methods(vlm, **method_options(options)).items():
+        selector.to(vlm.device).train()
+        weights = sum(p.nbytes for p in selector.parameters())
+
+        def step(rows: int, selector=selector) -> Callable:
+            batch = training_batch(selector, vlm, options, rows)
+            return lambda: one_step(selector, vlm, batch, step_of(vlm, 0, rows))
+        fixed, picture = training_bytes(selector, step, vlm.device)
+        for rows in options.pictures:
+            measured = 2 * weights + peak_bytes(step(rows), vlm.device)      # and AdamW's moments
+            selector.zero_grad()
+            predicted = fixed + rows * picture
+            lines.append({"method": name, "pictures": rows, "predicted, MiB": predicted / 2**20,
+                          "measured, MiB": measured / 2**20, "ratio": predicted / measured})
+        selector.cpu()
+    vlm.checkpointing(False)
+    return lines
 
 
 def measure_training(vlm: FrozenVLM, options, peak=None) -> list[dict]:
@@ -286,7 +313,8 @@ def measure_selection(vlm: FrozenVLM, options, peak=None) -> list[dict]:
 
 # ------------------------------------------------------------------ the command
 
-PARTS = {"train": (measure_training, "Training"),
+PARTS = {"memory": (measure_memory, "Memory of a training step"),
+         "train": (measure_training, "Training"),
          "first": (measure_first_token, "Time to the first token, ms"),
          "select": (measure_selection, "Selection of 64 tokens, ms")}
 
@@ -307,6 +335,8 @@ def parse(args: list[str]):
     add("--pictures_batch", type=int, default=32,
         help="pictures of a training step that reads no text [paper]")
     add("--batches", type=int, nargs="+", default=[1, 8], help="rows where answers are timed")
+    add("--pictures", type=int, nargs="+", default=[1, 2, 4, 8],
+        help="of the training steps whose memory is measured")
     add("--side", type=int, default=336, help="pixels of the square pictures")
     add("--text", type=int, default=60, help="tokens of a question")
     add("--answer", type=int, default=60, help="tokens of an answer in training")

@@ -7,7 +7,7 @@ from benchmarks.predictions import Predictions
 from benchmarks.questions import Question
 
 HEADER = {"benchmark": "tiny_world", "model": "m", "method": "random", "budget": 8, "questions": 3,
-          "style": "checkpoint"}
+          "protocol": "stock"}
 
 
 def question(i, prompt="what ?", gold="a"):

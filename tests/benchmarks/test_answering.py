@@ -1,21 +1,20 @@
 """Questions asked in batches: the same answers as one by one, whatever is cut off or left out."""
 
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from prediction_rows import files_for, question, timeless
-from tiny_models import llava
 
 import baselines
+from backbones.checkpoints import blank_model
 from baselines import fastv
-from benchmarks import answering, predictions, protocol, tiny_world
+from benchmarks import answering, predictions, tiny_world
 from benchmarks.answering import Impossible, by_budget
 from benchmarks.costs import Clock, per_layer, prefill_flops
 from benchmarks.questions import Question, picture, sample
-from common import FrozenVLM, blank_model
+from common import FrozenVLM
 from measure import flops
 from runs import Way
 
@@ -152,50 +151,6 @@ def test_an_impossible_budget_leaves_its_turn_out_and_the_others_in(tiny, tmp_pa
     assert isinstance(
         answering.answer_batch(tiny, [(0, questions[0])], turns)["pdrop", 4], Impossible
     )
-
-
-def test_square_puts_the_picture_in_the_middle_of_clips_mean(tiny):
-    image = Image.new("RGB", (3, 1), "red")
-    padded = np.asarray(protocol.square(image, (1, 2, 3)))
-    assert (
-        padded.shape == (3, 3, 3)
-        and (padded[1] == (255, 0, 0)).all()
-        and (padded[[0, 2]] == (1, 2, 3)).all()
-    )
-    assert (
-        np.asarray(protocol.square(Image.new("RGB", (1, 4)), (9, 9, 9)))[:, :, 0].tolist()
-        == [[9, 0, 9, 9]] * 4
-    )
-    mean = SimpleNamespace(
-        processor=SimpleNamespace(
-            image_processor=SimpleNamespace(image_mean=[0.48145466, 0.4578275, 0.40821073])
-        )
-    )
-    assert protocol.prepare(mean, "square")(image).getpixel((0, 0)) == (122, 116, 104)
-    assert protocol.prepare(mean, "none")(image) is image
-
-
-def test_llavas_own_prompt_letter_by_letter(tmp_path):
-    vlm = FrozenVLM.from_pretrained(llava(tmp_path, tokens="metaspace"))
-    protocol.use_style(vlm, "vicuna_v1")
-    assert vlm._dialogue([("what ?\nAnswer.", None)], ask_twice=False, images=1)[0] == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions. "
-        "USER: <image>\nwhat ?\nAnswer. ASSISTANT:"
-    )
-    assert vlm.batch([Image.new("RGB", (24, 24))], [[("what ?", None)]])["input_ids"].shape[0] == 1
-    with pytest.raises(ValueError, match="style='vicuna': expected one of"):
-        protocol.use_style(vlm, "vicuna")
-
-
-def test_another_family_has_no_style_of_llavas(vlm, family):
-    before = vlm.processor.chat_template
-    if family not in ("llava", "llava_next"):
-        with pytest.raises(ValueError, match="vicuna_v1 is LLaVA's: expected checkpoint for the"):
-            protocol.use_style(vlm, "vicuna_v1")
-    protocol.use_style(vlm, "checkpoint")
-    assert vlm.processor.chat_template == before
-    assert protocol.default_pad(vlm) == ("square" if family == "llava" else "none")
 
 
 def test_rows_say_how_much_of_the_evidence_was_kept(tiny):

@@ -10,10 +10,12 @@ import pytest
 from prediction_rows import timeless
 
 import benchmarks
+import common
 import evaluate
 from benchmarks import answering, predictions, tables, tiny_world
 from benchmarks.predictions import Predictions
 from common import FrozenVLM
+from tiny import benchmarks as tiny_copies
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,3 +145,84 @@ def test_a_wrong_command_is_refused_before_a_model_is_loaded(monkeypatch, more, 
 def test_budgets_are_numbers_of_tokens_or_shares():
     budgets = evaluate.EvalConfig(budgets=[8.0, 0.5]).budgets
     assert budgets == [8, 0.5] and isinstance(budgets[0], int)
+
+
+@pytest.fixture(scope="module")
+def copies(tmp_path_factory):
+    """A rehearsal copy of two benchmarks, and the tiny LLaVA that reads their prompts."""
+    folder = tmp_path_factory.mktemp("copies")
+    tiny_copies.main([str(folder), "--n", "60"])
+    return folder
+
+
+STEPPRUNE = "results/stepprune_tiny/selector"
+
+
+def header(out, benchmark, method, k):
+    path = out / "predictions" / benchmark / f"{predictions.file_name(method, k)}.jsonl"
+    return predictions.read(path)
+
+
+@pytest.mark.parametrize("sample", [0, 20])
+def test_what_decides_how_many_is_steered_on_rows_of_the_benchmark_that_are_not_scored(
+    tmp_path, copies, monkeypatch, sample
+):
+    steered = []
+    real = answering.calibration_batches
+
+    def watched(vlm, questions, size):
+        steered.extend(question.id for question in questions)
+        return real(vlm, questions, size)
+
+    monkeypatch.setattr(answering, "calibration_batches", watched)
+    lines = evaluate.main([
+        "--run", STEPPRUNE, "--model", str(copies / "llava"), "--data_root", str(copies),
+        "--benchmarks", "pope", "--methods", "random", "--budgets", "24", "--device", "cpu",
+        "--out", str(tmp_path), "--resamples", "20", "--sample", str(sample), "--draw", "False",
+    ])
+    about, rows = header(tmp_path, "pope", STEPPRUNE, 24)
+    plain, others = header(tmp_path, "pope", "random", 24)
+    scored = {row["id"] for row in rows}
+    assert scored == {row["id"] for row in others} and scored.isdisjoint(steered)
+    assert len(steered) == (len(scored) // 9 if sample == 0 else len(steered)) > 0
+    assert len(scored) == (sample or len(scored))
+    assert about["steered on"] == f"{len(steered)} of its questions, which are not scored"
+    assert "steered on" not in plain
+    kept = {(line["method"], line["K"]): line["cost"]["kept"] for line in lines}
+    assert 12 < kept[STEPPRUNE, 24] < 36 and kept["random", 24] == 24
+    # K stands beside what was kept, wherever they differ
+    assert f"(kept {kept[STEPPRUNE, 24]:.1f})" in tables.summary(lines)
+
+
+def test_without_a_method_that_decides_every_question_is_scored(tmp_path, copies):
+    evaluate.main([
+        "--model", str(copies / "llava"), "--data_root", str(copies), "--benchmarks", "pope",
+        "--methods", "random", "--budgets", "24", "--device", "cpu", "--out", str(tmp_path),
+        "--resamples", "20", "--draw", "False",
+    ])
+    about, rows = header(tmp_path, "pope", "random", 24)
+    whole = benchmarks.load_module("pope").load(copies / "pope")
+    assert len(rows) == about["questions"] == len(whole)
+
+
+def test_a_benchmark_that_fails_does_not_stop_the_others(tmp_path, copies, capsys):
+    with pytest.raises(RuntimeError, match="the tables lack seed, see above; the same command"):
+        evaluate.main([
+            "--model", str(copies / "llava"), "--data_root", str(copies), "--sample", "8",
+            "--benchmarks", "seed", "pope", "--options", "seed.split=nowhere", "--methods",
+            "random", "--budgets", "24", "--device", "cpu", "--out", str(tmp_path),
+            "--resamples", "20", "--draw", "False",
+        ])
+    printed = capsys.readouterr().out
+    assert "seed: left out" in printed and "POPE" in (tmp_path / "benchmarks.md").read_text()
+    with pytest.raises((ValueError, OSError)):                    # nothing is left
+        evaluate.main([
+            "--model", str(copies / "llava"), "--data_root", str(tmp_path / "nowhere"),
+            "--benchmarks", "pope", "--methods", "random", "--out", str(tmp_path / "none"),
+        ])
+
+
+def test_a_selector_of_another_backbone_is_refused_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "read_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match="was trained for another backbone"):
+        evaluate.main(["--model", "tiny/qwen2_5_vl", "--run", STEPPRUNE, "--out", str(tmp_path)])

@@ -50,7 +50,7 @@ def test_an_id_has_one_row_and_one_question(tmp_path):
     "header, questions, words",
     [
         (HEADER | {"model": "n"}, [question(0)], "model: 'm' there, 'n' here"),
-        (HEADER | {"style": "vicuna_v1"}, [question(0)], "style: 'checkpoint' there"),
+        (HEADER | {"protocol": "papers"}, [question(0)], "protocol: 'stock' there"),
         (HEADER, [question(0, "who ?")], "prompt of '0' differs: 'what \\?' there, 'who \\?' here"),
         (HEADER, [question(0, gold=["b"])], "gold of '0' differs"),
         (HEADER, [question(5)], "'0', which is none of these"),

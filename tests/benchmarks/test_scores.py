@@ -232,14 +232,14 @@ def test_many_parts_have_a_table_of_their_own(known):
 def test_the_report_is_everything_headline_first(tmp_path, known):
     known({"one": SHARE, "two": SHARE})
     for name in ("one", "two"):
-        written(tmp_path, name, "vanilla", 0, "aaaa", {"pad": "none"})
-        written(tmp_path, name, "runs/a_s0", 8, "aaab", {"pad": "none"})
-        written(tmp_path, name, "runs/a_s1", 8, "aabb", {"pad": "none"})
+        written(tmp_path, name, "vanilla", 0, "aaaa", {"options": {}})
+        written(tmp_path, name, "runs/a_s0", 8, "aaab", {"options": {}})
+        written(tmp_path, name, "runs/a_s1", 8, "aabb", {"options": {}})
     files, header = scores.complete_files(tmp_path)
     lines = scores.summarise(files, resamples=10)
     report = tables.report(lines, [], header)
     assert report.startswith(tables.headline(lines)) and "| runs/a, mean of 2 | 8 |" in report
-    assert report.endswith("model m, prompt checkpoint, pictures padded: none")
+    assert report.endswith("model m, pictures and prompts as in the protocol 'stock'")
     for table in (tables.intervals_table(lines), tables.costs_table(lines)):
         assert table in report
     assert (

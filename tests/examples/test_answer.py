@@ -57,7 +57,7 @@ def test_the_shipped_selectors_answer_and_chat(photo, tmp_path, capsys):
     selectors = list(RUNS.values())
     lines = answer.main(command(
         photo, tmp_path, "--run", *selectors, "--methods", "random", "cls_attention", "--question",
-        *TURNS, "--budgets", "32", "16", "--calibration", "150"))
+        *TURNS, "--budgets", "32", "16"))
     printed = capsys.readouterr().out
     saved = json.loads((tmp_path / "answer.json").read_text())
     assert saved["answers"] == lines and saved["model"] == "tiny/llava"
@@ -124,7 +124,7 @@ def test_every_family_and_method_answers_as_generate_does(vlm, path, family, tmp
     if len(methods) == 1:
         return
     stepwise = untrained(tmp_path / "stepprune", vlm, "stepprune")
-    lines = answer.main([*asked, "--run", stepwise, "--ways", "exactly", "--calibration", "0"])
+    lines = answer.main([*asked, "--run", stepwise, "--ways", "exactly"])
     assert [line["kept"] for line in lines] == [tokens, 9] * 3
     assert lines[1]["way"] == f"{stepwise} exactly 9"
 
@@ -216,7 +216,7 @@ def test_what_cannot_work_is_said_before_anything_is_answered(photo, tmp_path, m
             ([*asked, TURNS[0], "--image", photo, "nowhere.png"], ValueError,
              "cannot read --image nowhere.png"),
             ([*asked, TURNS[0], "--image", thin], ValueError,
-             "cannot use --image .*thin.png: 2001x10 pixels"),
+             "cannot use --image .*thin.png: too oblong: 2001x10 pixels"),
             ([*asked, TURNS[0], "--budgets", "0"], ValueError, "numbers from 1"),
             ([*asked, TURNS[0], "--methods", "best"], ValueError,
              r"methods=\['best'\]: known are"),

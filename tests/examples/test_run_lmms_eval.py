@@ -35,7 +35,7 @@ def rows():
 def ask(vlm, answerer, rows, **how):
     """generate_until() as lmms-eval calls it: a request a question, documents reached through
     task_dict."""
-    pruned = run_lmms_eval.Pruned(vlm, answerer)
+    pruned = run_lmms_eval.Pruned(vlm, lambda calibration: answerer)
     docs = [dict(image=row.image, question=question.question)
             for row in rows for question in row.questions]
     pruned.task_dict = {"world": {"test": docs}}
@@ -47,7 +47,8 @@ def ask(vlm, answerer, rows, **how):
 
 def answerer(vlm, methods=(), selectors=()):
     config = AnswerConfig(methods=list(methods), budgets=[16], run=list(selectors))
-    return answerers_of(config, vlm)[-1]
+    trained = {run: runs.load_selector(run, vlm)[0] for run in selectors}
+    return answerers_of(config, vlm, trained, None)[-1]
 
 
 def prompts(vlm, rows, **how):
@@ -67,7 +68,7 @@ def test_answers_are_those_of_the_evaluator(vlm, rows, methods, selectors):
     for row in rows:
         questions = [Question(str(i), lambda row=row: [row.image], question.question, None, 4)
                      for i, question in enumerate(row.questions)]
-        asked = answering.ask(vlm, questions, lambda image: image, way)
+        asked = answering.ask(vlm, questions, way)
         batch = prompts(vlm, [row])
         keep = None
         if methods:
@@ -104,11 +105,39 @@ def test_answers_end_at_a_stop_string(vlm, rows, until):
     ([], {}, "at least one"), (["clip.mp4"], {}, "clip.mp4"),
     (None, {"do_sample": True}, "greedy"), (None, {"num_beams": 3}, "greedy")])
 def test_what_it_cannot_do_is_refused(vlm, rows, images, how, message):
-    pruned = run_lmms_eval.Pruned(vlm, answerer(vlm))
+    pruned = run_lmms_eval.Pruned(vlm, lambda calibration: answerer(vlm))
     pruned.task_dict = {"world": {"test": [[rows[0].image] if images is None else images]}}
     request = SimpleNamespace(args=("what ?", how, lambda doc: doc, 0, "world", "test"))
     with pytest.raises(ValueError, match=message):
         pruned.generate_until([request])
+
+
+def test_what_decides_how_many_is_steered_on_the_tasks_own_questions(vlm, rows, monkeypatch):
+    """To a mean of K over them, and the answers are those of the evaluator."""
+    selector = runs.load_selector("results/stepprune_tiny/selector", vlm)[0]
+    config = AnswerConfig(budgets=[16])
+    asked = []
+
+    def choose(calibration):
+        asked.extend(calibration())
+        return answerers_of(config, vlm, {"stepprune": selector}, lambda: asked)[-1]
+    kept = []
+    real = answering.answer_batch
+
+    def watched(*args):
+        answered = real(*args)
+        kept.extend(row["kept"] for rows in answered.values() for row in rows)
+        return answered
+    monkeypatch.setattr(answering, "answer_batch", watched)
+    monkeypatch.setattr(run_lmms_eval, "STEERING", 20)
+    pruned = run_lmms_eval.Pruned(vlm, choose)
+    docs = [dict(image=row.image, question=q.question) for row in rows for q in row.questions]
+    pruned.task_dict = {"world": {"test": docs}}
+    pruned.generate_until([
+        SimpleNamespace(args=(doc["question"], {"max_new_tokens": 4}, lambda doc: [doc["image"]],
+                              i, "world", "test")) for i, doc in enumerate(docs)])
+    assert sum(len(units.grid) for units, _ in asked) == 20 < len(kept) == len(docs)
+    assert 10 < sum(kept) / len(kept) < 22 and len({*kept}) > 5
 
 
 def test_a_budget_that_cannot_be_had_is_refused(vlm, rows):
@@ -157,7 +186,7 @@ def harness(monkeypatch):
 
 
 def test_the_adapter_is_a_model_of_lmms_eval(vlm, rows, harness):
-    model = run_lmms_eval.adapter()(vlm, answerer(vlm))
+    model = run_lmms_eval.adapter()(vlm, lambda calibration: answerer(vlm))
     assert model._rank == 0 and model.task_dict == {}
     model.task_dict["world"] = {"test": [dict(image=rows[0].image)]}
     request = SimpleNamespace(args=(rows[0].questions[0].question, {}, lambda doc: [doc["image"]],
@@ -175,6 +204,6 @@ def test_the_adapter_is_a_model_of_lmms_eval(vlm, rows, harness):
     (["--run", RUN, "--methods", "holov"], "holov 64"), (["--run", RUN], f"{RUN} 64")])
 def test_the_command_hands_one_selection_to_the_toolkit(args, name, harness, capsys):
     run_lmms_eval.main(["--tasks", "pope", "--limit", "3", *args])
-    assert harness["model"].answerer.name == name
+    assert harness["model"].choose(None).name == name
     assert harness["tasks"] == ["pope"] and harness["limit"] == 3
     assert "the table" in capsys.readouterr().out
