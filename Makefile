@@ -35,6 +35,11 @@ speed: .venv/ready
 	$(BIN)/python -m measure.speed --out results/speed
 	$(BIN)/python -m measure.flops
 
+# A paper's main table on a real backbone: make paper PAPER=autoselect MODEL=llava-hf/llava-1.5-7b-hf
+.PHONY: paper
+paper: .venv/ready
+	$(BIN)/python -m examples.headline $(PAPER) $(if $(MODEL),--model $(MODEL)) $(MORE)
+
 # Every method and its ablations trained with three seeds: many hours.
 .PHONY: results ablations
 SEEDS := 0 1 2
