@@ -3,10 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: train test lint
+.PHONY: train test test-all lint
 train: .venv/ready
 	$(BIN)/python train.py --method autoselect
 test: .venv/ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+test-all: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -22,6 +24,7 @@ headline: .venv/ready
 	$(BIN)/python evaluate.py --run $(SHIPPED) --sample 2000 --out results/headline
 	$(BIN)/python -m measure.likeness --run results/autoselect_tiny/selector --out results/headline/likeness.png
 cards: .venv/ready
+	$(BIN)/python -m measure.check tiny/llava --out results/check
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
 		--sample 2000 --draw False --out results/tiny_$$m; done
 SHARES := --budgets 0.33333 0.22222 0.11111
@@ -34,6 +37,8 @@ classify: .venv/ready
 speed: .venv/ready
 	$(BIN)/python -m measure.speed --out results/speed
 	$(BIN)/python -m measure.flops
+	for n in llava-1.5-7b llava-next-vicuna-7b qwen2.5-vl-7b; do $(BIN)/python -m measure.gpu $$n --shrink --device cpu \
+		--parts memory --pictures 1 4 8 --options layers=2 --out results/memory/$$n; done
 
 # A paper's main table on a real backbone: make paper PAPER=autoselect MODEL=llava-hf/llava-1.5-7b-hf
 .PHONY: paper

@@ -19,7 +19,7 @@ What differs from the paper, or what it leaves open [ours]
   LayerNorm: tokens are standardised per channel by running statistics, gated, and scaled back.
 - Scorer and denoiser read standardised tokens too: a few channels of the raw state dwarf the rest.
 - Depth: 5 scorer + 1 denoiser blocks of CLIP width are 75.6 M parameters, 6 + 1 are 88.2 M; the
-  paper prints 84 M. Learning rate, batch and the ends of tau are open too.
+  paper prints 84 M. Its depth, rates, batch and tau stand in a supplement: value not available.
 - tau goes from 0.1 to 0.02. From 1, every token keeps a share of about K/N, which the tiny VLM
   reads through the noise, so that nothing presses the scorer to choose (one trial).
 - One selector serves every budget: the steps take turns, six at the widest to one at each other.

@@ -101,8 +101,9 @@ def settle(config: EvalConfig) -> None:
         config.run = [runs.latest_run()]
     models = [runs.read_selector(run)[1]["training"]["model"] for run in config.run]
     config.model = config.model or models[0]
-    default = config.run[0] if config.run and Path(config.run[0]).is_dir() else None
-    config.out = config.out or default or f"runs/{Path(config.model).name}"
+    first = Path(config.run[0] if config.run else config.model)
+    run = first.parent if first.name == "selector" else first
+    config.out = config.out or str(run if config.run and run.is_dir() else Path("runs", run.name))
 
 
 def load_selectors(config) -> dict[str, runs.Selector]:

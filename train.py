@@ -217,8 +217,7 @@ def train(config: TrainConfig, options) -> Path:
     if ":" in config.device:
         torch.cuda.set_device(config.device)                  # which accelerate then takes
     accelerator = Accelerator(cpu=config.device == "cpu")
-    # the selector and the data come first: what is wrong with them ends the run before a weight of
-    # the VLM is read
+    # selector and data come first: what is wrong with them is said before a weight is read
     shapes = FrozenVLM.from_pretrained(config.model, dtype, "meta", protocol=config.protocol)
     torch.manual_seed(config.seed)
     selector = module.Method(module.Config.of(shapes, **vars(options)))

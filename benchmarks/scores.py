@@ -41,7 +41,9 @@ def complete_files(folder: Path) -> tuple[dict, dict]:
         name = header["benchmark"]
         if name not in known:
             raise ValueError(f"{path} is of the benchmark {name!r}: known are {', '.join(known)}")
-        shared = shared or header
+        shared = shared or dict(header)
+        if "steered on" in header:
+            shared.setdefault("steered", {})[name] = header["steered on"]
         for key in SAME_RUN:
             if header.get(key) != shared.get(key):
                 raise ValueError(f"{path} has the {key} {header.get(key)!r}, another file "

@@ -47,6 +47,9 @@ def report(lines: list[dict], quoted: list[dict] = (), header: dict | None = Non
     if spreads := spread_table(lines):
         blocks += ["How many tokens were kept where the method decides:", spreads]
     if header:
+        steered = header.get("steered", {})
+        blocks += [f"{title}: methods that decide how many tokens they keep are steered to K on "
+                   f"{steered[name]}" for name, title in titles.items() if name in steered]
         blocks.append(f"model {header['model']}, pictures and prompts as in the protocol "
                       f"{header.get('protocol')!r}")
     return "\n\n".join(blocks)

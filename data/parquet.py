@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,6 +26,11 @@ from PIL import Image
 
 from data.epochs import shuffled
 from data.pictures import open_picture
+
+try:                                   # what huggingface_hub speaks through, by its version
+    from httpx2 import TransportError
+except ImportError:
+    from httpx import TransportError
 
 # rows that are shuffled among one another while streaming, and unusable rows on end that stop a run
 BLOCK = 1000
@@ -272,7 +276,7 @@ class Shards:
         try:
             with fsspec.open(file, "rb") as stream:
                 return read(stream)
-        except (pa.ArrowException, OSError, httpx.TransportError) as error:
+        except (pa.ArrowException, OSError, TransportError) as error:
             raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error}): try again "
                              "if it is the network's fault, else download it anew or take it "
                              "away") from error

@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import httpx
 import pyarrow as pa
 from datasets import Dataset, config, load_dataset_builder
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 
-from data.parquet import BLOCK, MARK, Reader, Rows, Shards, Source, Stream
+from data.parquet import BLOCK, MARK, Reader, Rows, Shards, Source, Stream, TransportError
 from data.pictures import find
 
 SOURCES = {
@@ -125,7 +124,7 @@ def hub(name: str, ask: Callable, hubs: tuple[tuple[str, str | None], ...] | Non
                 raise FileNotFoundError(
                     f"{name} is not read from {repo}, for HF_HUB_OFFLINE (or HF_DATASETS_OFFLINE) "
                     f"is set: unset it, {copy}") from None
-            if has(causes, ConnectionError, LocalEntryNotFoundError, httpx.TransportError):
+            if has(causes, ConnectionError, LocalEntryNotFoundError, TransportError):
                 raise FileNotFoundError(
                     f"{name}: the hub cannot be reached for {repo} ({causes[-1]}): is there a "
                     f"network? Try again, {copy}") from None

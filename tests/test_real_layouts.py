@@ -334,7 +334,7 @@ def test_a_chat_says_what_one_prompt_would(name, vlm):
     asked = vlm.batch([image], [[*TURNS[:1], ("Where is it?", None)]])
     expected = vlm.generate(vlm.prune(asked, units, keep), 6)
     assert [chat.ask("Where is it?", 6)] == expected
-    chat.turns = TURNS
+    chat.turns = list(TURNS)
     again = vlm.batch([image], [[*TURNS, ("Who?", None)]])
     assert [chat.ask("Who?", 6)] == vlm.generate(vlm.prune(again, units, keep), 6)
 

@@ -192,6 +192,18 @@ def test_what_decides_how_many_is_steered_on_rows_of_the_benchmark_that_are_not_
     assert 12 < kept[STEPPRUNE, 24] < 36 and kept["random", 24] == 24
     # K stands beside what was kept, wherever they differ
     assert f"(kept {kept[STEPPRUNE, 24]:.1f})" in tables.summary(lines)
+    assert f"steered to K on {about['steered on']}" in (tmp_path / "benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("run, model, out", [
+    ("results/autoselect_tiny/selector", None, "results/autoselect_tiny"),
+    ("results/autoselect_tiny", None, "results/autoselect_tiny"),
+    (None, "llava-hf/llava-1.5-7b-hf", "runs/llava-1.5-7b-hf"),
+])
+def test_tables_go_beside_the_selector_or_into_runs(run, model, out):
+    config = evaluate.EvalConfig(run=[run] if run else [], model=model)
+    evaluate.settle(config)
+    assert config.out == out
 
 
 def test_without_a_method_that_decides_every_question_is_scored(tmp_path, copies):

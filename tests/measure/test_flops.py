@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
+from backbones.checkpoints import blank_model
 from benchmarks.costs import prefill_flops
-from common import Units, blank_model
+from common import Units
 from measure import flops, shapes
 
 
