@@ -697,8 +697,8 @@ class FrozenVLM(nn.Module):
             if n > self.limit:
                 raise ValueError(
                     f"row {row} has {n} tokens, those of its image included: expected at most "
-                    f"{self.limit}, for which the language model has positions; shorten its "
-                    "turns, or take a smaller picture or fewer frames")
+                    f"{self.limit}, the language model's positions or window of attention; "
+                    "shorten its turns, or take a smaller picture or fewer frames")
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.

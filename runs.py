@@ -24,17 +24,22 @@ import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Literal, get_args, get_origin
 
 import torch
+from filelock import FileLock, Timeout
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent
+LOCK = ".lock"                        # its file in a run folder
 PARTS = ("Config", "TINY", "LARGE", "Method")
 LARGE_WIDTH = 512                     # an encoder of this width or more trains with LARGE [ours]
 
@@ -233,11 +238,23 @@ def command(main: Callable) -> None:
 
 
 def write_whole(path: Path, write: Callable) -> None:
-    """write(temporary path), then rename: a kill leaves the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """write(temporary path) of a file or folder, flush it to the disk, then rename: a kill leaves
+    the old one or the new one. Raises OSError where it cannot be written, and leaves no part."""
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        for file in [temporary, *temporary.rglob("*")]:
+            if file.is_file():
+                with open(file, "rb") as content:
+                    os.fsync(content.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:     # torch.save() raises the latter on a full disk
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(there).free / 2**20
+        raise OSError(f"{path} cannot be written ({error}), {free:,.0f} MiB are free there: make "
+                      "room, or name another folder") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -258,12 +275,50 @@ def differences(there: dict, here: dict) -> str:
                      for key, value in here.items() if there.get(key) != value)
 
 
+@contextmanager
+def locked(folder: Path):
+    """Holds a folder for this command, on the first of its processes. Raises OSError where another
+    one has it. A kill sets it free."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OSError(f"another process writes into {folder} at this moment: wait for it, end it, "
+                      "or name another folder") from None
+    with lock:
+        lock.release()                                # of the two times that it is held
+        yield
+
+
+def read_json(path: Path) -> dict:
+    """Raises ValueError naming the file where it is none of JSON's."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or train into another folder"
+                         ) from error
+
+
+def check_ours(run: Path) -> None:
+    """Raises ValueError for a folder that holds something, but no run of ours."""
+    others = [file.name for file in run.glob("*") if file.name != LOCK]
+    about = read_json(run / "config.json") if "config.json" in others else {}
+    if others and ("training" not in about or "model.safetensors" in others):
+        raise ValueError(f"{run} holds {', '.join(sorted(others)[:3])} and is no run: nothing in "
+                         "it is touched; choose an empty folder, or a new one, with --run")
+
+
 def open_run(run: Path, about: dict, overwrite: bool, is_main: bool = True) -> None:
     """Make the run folder, or check that the one there is of the same run. Raises ValueError
-    naming what differs."""
+    naming what differs, and for a folder that holds anything else."""
     path = run / "config.json"
+    check_ours(run)
     if path.exists() and not (overwrite and is_main):
-        there = json.loads(path.read_text())
+        there = read_json(path)
         found = [differences(there.get(part, {}), about[part])
                  for part in ("training", "cfg", "backbone")]
         if differ := "; ".join(filter(None, found)):
@@ -301,13 +356,21 @@ def save_checkpoint(run: Path, step: int, selector, optimiser, keep: int = 2) ->
 
 
 def resume(run: Path, selector, optimiser, device) -> int:
-    """Load the newest checkpoint -> steps that are done, 0 without one."""
-    if not checkpoints(run):
-        return 0
-    state = torch.load(checkpoints(run)[-1], weights_only=True, map_location=device)
-    selector.load_state_dict(state["selector"])
-    optimiser.load_state_dict(state["optim"])
-    return state["step"]
+    """Load the newest checkpoint that can be read -> steps that are done, 0 without one. Raises
+    ValueError where there are some and none can be read."""
+    for path in reversed(checkpoints(run)):
+        try:
+            state = torch.load(path, weights_only=True, map_location=device)
+            selector.load_state_dict(state["selector"])
+            optimiser.load_state_dict(state["optim"])
+            return state["step"]
+        except (OSError, RuntimeError, EOFError, ValueError, LookupError, UnpicklingError) as error:
+            cause = " ".join(str(error).split())[:200]
+            print(f"{path} cannot be read and is passed over ({cause})")
+    if checkpoints(run):
+        raise ValueError(f"none of the checkpoints of {run} can be read: begin anew there with "
+                         "--overwrite True, or restore them")
+    return 0
 
 
 # ------------------------------------------------------------------------------------ selectors
@@ -368,7 +431,7 @@ def read_selector(run: str | Path) -> tuple[Path, dict]:
     """(folder, config.json) of a run's selector, a selector's folder, or one on the hub."""
     for folder in (Path(run) / "selector", Path(run)):
         if (folder / "model.safetensors").exists():
-            return folder, json.loads((folder / "config.json").read_text())
+            return folder, read_json(folder / "config.json")
     if Path(run).exists():
         raise FileNotFoundError(f"{run} holds no finished run (selector/model.safetensors is "
                                 f"missing): train it first, python train.py --run {run}")
@@ -379,7 +442,28 @@ def read_selector(run: str | Path) -> tuple[Path, dict]:
         raise FileNotFoundError(f"{run} is no folder here, and the hub gave no such selector "
                                 f"({type(error).__name__}): expected a run, or user/selector"
                                 ) from error
-    return folder, json.loads((folder / "config.json").read_text())
+    return folder, read_json(folder / "config.json")
+
+
+def build_selector(folder: Path, about: dict) -> Selector:
+    """Raises ValueError for weights or options that do not make a selector of this version."""
+    module = load_method(about["method"])
+    unknown = {*about["cfg"]} - {option.name for option in fields(module.Config)}
+    if unknown:
+        raise ValueError(f"{folder} has the options {', '.join(sorted(unknown))}, which "
+                         f"{about['method']}.py does not know: was it saved by a later version? "
+                         "Update the project")
+    try:
+        selector = module.Method.from_pretrained(folder, strict=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}/model.safetensors does not give a selector of "
+                         f"{about['method']} ({cause}): copy or train it again") from error
+    broken = [name for name, x in selector.state_dict().items() if not x.isfinite().all()]
+    if broken:
+        raise ValueError(f"{folder}: {broken[0]} and {len(broken) - 1} more weights are not "
+                         "finite: its training failed, train it again")
+    return selector
 
 
 def load_selector(run: str | Path, vlm, device=None) -> tuple[Selector, dict]:
@@ -389,7 +473,7 @@ def load_selector(run: str | Path, vlm, device=None) -> tuple[Selector, dict]:
     Raises ValueError naming what differs if it was trained for another backbone.
     """
     folder, about = read_selector(run)
-    selector = load_method(about["method"]).Method.from_pretrained(folder, strict=True)
+    selector = build_selector(folder, about)
     here = vlm.fingerprint()
     if not selector.reads_language:
         here = {key: value for key, value in here.items()

@@ -358,7 +358,8 @@ def check_fit(config: TrainConfig, selector, processes: int) -> None:
 
 def main(args: list[str]) -> None:
     config, options = parse(args)
-    run = train(config, options)
+    with runs.locked(Path(config.run)):
+        run = train(config, options)
     if config.evaluate and not config.random_weights:         # every process answers its share
         evaluate.main(["--run", str(run), "--model", config.model, "--device", config.device,
                        "--dtype", config.dtype, "--protocol", config.protocol])

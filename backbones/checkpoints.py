@@ -127,8 +127,13 @@ def check_room(name: str, config, dtype, device: torch.device) -> None:
 
 
 def most_positions(config) -> int:
-    """Tokens that a language model has positions for, by a scaled rotary embedding too."""
+    """Tokens that a language model can read exactly: those that it has positions for, by a scaled
+    rotary embedding too, and no more than fit its window where attention slides. Beyond it, what a
+    token sees would depend on how many were pruned before it."""
     rope = getattr(config, "rope_parameters", None) or {}
     most = config.max_position_embeddings
     base = rope.get("original_max_position_embeddings") or most
-    return max(most, int(base * (rope.get("factor") or 1)))
+    most = max(most, int(base * (rope.get("factor") or 1)))
+    window = getattr(config, "sliding_window", None)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return min(most, window) if window and slides else most

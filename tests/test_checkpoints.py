@@ -191,3 +191,20 @@ def test_pictures_need_no_language_model(path, vlm, family):
 def test_a_scaled_rotary_embedding_has_more_positions(rope, limit):
     config = SimpleNamespace(max_position_embeddings=512, rope_parameters=rope)
     assert most_positions(config) == limit
+
+
+def test_where_attention_slides_no_prompt_is_longer_than_its_window(tmp_path):
+    """Behind it a pruned prompt would see what the whole one no longer does."""
+    kinds = [(None, None, 512), (64, None, 64), (64, ["full_attention"] * 2, 512),
+             (64, ["full_attention", "sliding_attention"], 64), (4096, None, 512)]
+    for window, layers, limit in kinds:
+        config = SimpleNamespace(max_position_embeddings=512, sliding_window=window,
+                                 layer_types=layers)
+        assert most_positions(config) == limit
+    path = llava_next(tmp_path)
+    config = json.loads(Path(path, "config.json").read_text())
+    config["text_config"]["sliding_window"] = 24
+    Path(path, "config.json").write_text(json.dumps(config))
+    vlm = FrozenVLM.from_pretrained(path)
+    with pytest.raises(ValueError, match="expected at most 24, the language model's positions or"):
+        vlm.batch([Image.new("RGB", (24, 24))], [[("what ?", None)]])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from short_runs import MODEL, flags, kill_at, same, short_run, weights, without_time
 
+import common
 import runs
 import train
 from benchmarks import answering, tiny_world
@@ -152,3 +153,22 @@ def test_help_shows_what_is_really_used(capsys):
     config, options = train.parse(["--method", "autoselect"])
     assert (options.layers, options.heads, config.steps, config.batch) == (2, 4, 450, 16)
     assert "optimiser steps; 0: from --epochs (default: 450)" in auto
+
+
+def test_a_selector_remembers_its_protocol_and_another_is_said(tmp_path, capsys):
+    run = short_run(tmp_path / "run", protocol="stock")
+    assert runs.read_selector(run)[1]["training"]["protocol"] == "stock"
+    for protocol, said in (("stock", False), ("papers", True)):
+        vlm = FrozenVLM.from_pretrained(MODEL, device="meta", protocol=protocol)
+        capsys.readouterr()
+        runs.load_selector(run, vlm, "cpu")
+        printed = capsys.readouterr().out
+        assert ("was trained with --protocol stock, and now meets" in printed) == said
+
+
+def test_what_is_wrong_is_said_before_a_weight_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "read_weights", lambda *_: pytest.fail("weights were read"))
+    for changes in (dict(data="llava-665k", path="nowhere"), dict(batch=4, micro=3),
+                    dict(data="folder", images=str(tmp_path))):
+        with pytest.raises((ValueError, OSError)):
+            short_run(tmp_path / "run", **changes)

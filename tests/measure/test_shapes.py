@@ -265,7 +265,7 @@ def test_prompts_that_are_too_long_are_refused_by_row(llava):
     vlm = FrozenVLM.from_pretrained(llava, random_weights=True, protocol="stock")
     fits = vlm.batch([picture()], [[(" ".join(["red"] * 40), None)]])
     assert fits["input_ids"].shape[1] <= 640
-    says = r"row 1 has 7\d\d tokens, .*: expected at most 640, for which the language"
+    says = r"row 1 has 7\d\d tokens, .*: expected at most 640, the language"
     with pytest.raises(ValueError, match=says):
         vlm.batch([picture()] * 2, [[TURN], [(" ".join(["red"] * 130), None)]])
 

@@ -1,0 +1,171 @@
+"""The folder that a run leaves: nothing is deleted that is not ours, nothing damaged is used."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from short_runs import flags, kill_at, same, short_run, weights, without_time
+
+import runs
+import train
+from common import FrozenVLM
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = ROOT / "results/autoselect_tiny/selector"
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def vlm():
+    return FrozenVLM.from_pretrained("tiny/llava", device="meta")
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in sorted(folder.rglob("*")) if path.is_file() and path.name != runs.LOCK}
+
+
+def selector_folder(folder):
+    shutil.copytree(SHIPPED, folder)
+
+
+def with_its_folder(folder):
+    shutil.copytree(SHIPPED, folder / "selector")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/0000001.pt").write_text("someone's")
+
+
+def model_folder(folder):
+    shutil.copytree(ROOT / "tiny/llava", folder, ignore=shutil.ignore_patterns("stages"))
+
+
+def notes(folder):
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("my log\n")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("make", [selector_folder, with_its_folder, model_folder, notes])
+def test_a_folder_that_is_no_run_of_ours_is_left_as_it_is(tmp_path, make, overwrite):
+    folder = tmp_path / "mine"
+    make(folder)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="is no run: nothing in it is touched; choose an empty"):
+        train.main(flags(folder, overwrite=overwrite))
+    assert contents(folder) == before
+
+
+def test_an_empty_folder_and_a_run_of_ours_are_taken(tmp_path):
+    tmp_path.joinpath("run").mkdir()
+    run = short_run(tmp_path / "run", steps=1)
+    first = weights(run)
+    again = short_run(tmp_path / "run", steps=1, seed=1, overwrite=True)
+    assert not same(weights(again), first)
+
+
+TRAINING = "import sys, train; train.main(sys.argv[1:])"
+
+
+def test_two_trainings_into_one_folder_and_a_kill_sets_it_free(tmp_path):
+    command = [sys.executable, "-c", TRAINING, *flags(tmp_path / "run", steps=400)]
+    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.DEVNULL)
+    try:
+        while "trainable" not in first.stdout.readline():
+            assert first.poll() is None
+        with pytest.raises(OSError, match="another process writes into .*run at this moment"):
+            train.main(flags(tmp_path / "run", steps=400))
+    finally:
+        os.kill(first.pid, signal.SIGKILL)
+        first.wait()
+        first.stdout.close()
+    with runs.locked(tmp_path / "run"):
+        pass                                              # a killed process holds nothing
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_as_the_unbroken_one(
+        tmp_path, monkeypatch, capsys):
+    whole = short_run(tmp_path / "whole", save_every=1)
+    alive = kill_at(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        short_run(tmp_path / "cut", save_every=1)
+    alive()
+    for number, keep in enumerate((.5, 0.)):
+        folder = tmp_path / f"cut{number}"
+        shutil.copytree(tmp_path / "cut", folder)
+        newest = runs.checkpoints(folder)[-1]
+        content = newest.read_bytes()
+        newest.write_bytes(content[:int(keep * len(content))])
+        cut = short_run(folder, save_every=1)
+        assert f"{newest} cannot be read and is passed over" in capsys.readouterr().out
+        assert same(weights(whole), weights(cut)) and without_time(whole) == without_time(cut)
+    for path in runs.checkpoints(tmp_path / "cut"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the checkpoints of .* can be read: begin anew"):
+        short_run(tmp_path / "cut", save_every=1)
+
+
+def test_what_cannot_be_written_leaves_no_part_and_the_old_one(tmp_path):
+    path = tmp_path / "table.md"
+    runs.write_text(path, "old")
+
+    def full(temporary):
+        temporary.write_text("ne")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="table.md cannot be written .*No space left.* MiB are free"):
+        runs.write_whole(path, full)
+    assert [file.name for file in tmp_path.iterdir()] == ["table.md"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_checkpoint_onto_a_full_disk_names_the_file(tmp_path):
+    with pytest.raises(OSError, match="x.pt cannot be written"):
+        runs.write_whole(tmp_path / "x.pt", lambda _: torch.save([1] * 10, "/dev/full"))
+
+
+def damage(folder, name, change):
+    path = folder / name
+    path.write_bytes(change(path.read_bytes()))
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("model.safetensors", lambda x: x[:len(x) // 2], "model.safetensors does not give a selector"),
+    ("model.safetensors", lambda x: b"", "model.safetensors does not give a selector"),
+    ("config.json", lambda x: x[:50], "config.json is damaged"),
+    ("config.json", lambda x: x.replace(b'"layers": 2', b'"layers": 3'),
+     "does not give a selector of autoselect"),
+    ("config.json", lambda x: x.replace(b'"gate":', b'"door": 1, "gate":'),
+     "has the options door, which autoselect.py does not know: was it saved by a later version")])
+def test_a_damaged_selector_is_refused_by_name(tmp_path, vlm, name, change, message):
+    shutil.copytree(SHIPPED, tmp_path / "selector")
+    damage(tmp_path / "selector", name, change)
+    with pytest.raises(ValueError, match=message):
+        runs.load_selector(tmp_path, vlm, "cpu")
+
+
+def test_an_older_selector_without_a_later_option_loads_with_its_default(tmp_path, vlm):
+    shutil.copytree(SHIPPED, tmp_path / "selector")
+    about = json.loads((SHIPPED / "config.json").read_text())
+    del about["cfg"]["scorer"]
+    (tmp_path / "selector/config.json").write_text(json.dumps(about))
+    old, new = (runs.load_selector(folder, vlm, "cpu")[0] for folder in (tmp_path, SHIPPED))
+    assert old.cfg == new.cfg and same(old.state_dict(), new.state_dict())
+
+
+def test_a_selector_of_nan_is_refused(tmp_path, vlm):
+    shutil.copytree(SHIPPED, tmp_path / "selector")
+    file = tmp_path / "selector/model.safetensors"
+    tensors = load_file(file)
+    tensors["scorer.head.weight"][:] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="scorer.head.weight and 0 more weights are not finite"):
+        runs.load_selector(tmp_path, vlm, "cpu")
