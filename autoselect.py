@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
-from runs import Selector, Way, check_choices
+from runs import Selector, Way, check_options
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Config(Sizes):
         default="learned", help="Eq. 3 [paper]; random: Figure 5's ablation")
 
     def __post_init__(self):
-        check_choices(self)
-        if min(self.keep, default=0) <= 0:
+        check_options(self, layers=1, tau_start=1e-6, tau_end=1e-6)
+        if not (self.keep and all(0 < k < math.inf for k in self.keep)):
             raise ValueError(f"keep={self.keep}: expected numbers of tokens, or shares above 0")
 
 

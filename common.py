@@ -485,8 +485,7 @@ class FrozenVLM(nn.Module):
         settings.eos_token_id = sorted(ends) or [self.tokenizer.eos_token_id]
 
     def _use(self, protocol: str) -> None:
-        """What the papers do, where this VLM is one of LLaVA's: pictures padded to a square, and
-        the frame of prompts that Vicuna was trained with. Elsewhere the two protocols are one."""
+        """Square pictures and Vicuna's frame where the VLM is LLaVA's; else the two are one."""
         if protocol not in PROTOCOLS:
             raise ValueError(f"protocol={protocol!r}: expected {' or '.join(PROTOCOLS)}")
         turn = self._template([self._message("user", "a", 1)], generation=True)

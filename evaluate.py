@@ -79,7 +79,8 @@ class EvalConfig:
                         help="cpu, cuda or cuda:1")
 
     def __post_init__(self):
-        wrong = [k for k in self.budgets if not k > 0 or (k >= 1 and k != int(k))]
+        runs.check_options(self, sample=0, calibration=1, batch=0, resamples=1, seed=0)
+        wrong = [k for k in self.budgets if not 0 < k < 1e9 or (k >= 1 and k != int(k))]
         if wrong or not self.budgets:
             raise ValueError(f"budgets={wrong}: expected whole numbers of tokens, or shares "
                              "between 0 and 1")
@@ -144,8 +145,7 @@ def ways_of(config: EvalConfig, vlm, selectors: dict, calibration) -> tuple[dict
 
 
 def ask(config: EvalConfig) -> list[dict]:
-    """Ask what has no answer yet, then report(). One benchmark's failure does not stop the others.
-    """
+    """Ask what has no answer yet, then report(). One benchmark's failure does not stop others."""
     settle(config)
     options = benchmarks.load_options(config.benchmarks, config.options)
     state = PartialState(cpu=not config.device.startswith("cuda"))

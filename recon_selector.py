@@ -50,7 +50,7 @@ from transformers.hf_argparser import HfArg
 
 from baselines import inside, random_tokens
 from common import Units, split_by
-from runs import Selector, Way, check_choices, check_ways
+from runs import Selector, Way, check_options, check_ways
 
 
 @dataclass
@@ -92,15 +92,9 @@ class Config(Sizes):
                         "question before and behind the image (B.4); 0: behind the encoder [paper]")
 
     def __post_init__(self):
-        check_choices(self)
-        zone = 0 <= self.keep_low <= self.keep_high <= 1
-        if not zone or min(self.alpha1, self.alpha2) < 0:
-            raise ValueError(f"keep_low={self.keep_low}, keep_high={self.keep_high}, "
-                             f"alpha1={self.alpha1}, alpha2={self.alpha2}: expected "
-                             "0 <= keep_low <= keep_high <= 1 and no negative alpha")
-        if self.select_after_layer < 0:
-            raise ValueError(f"select_after_layer={self.select_after_layer}: expected a layer of "
-                             "the language model, or 0 for behind the vision encoder")
+        check_options(self, layers=1, rebuild_layers=1, image_layers=0, keep_low=(0, 1),
+                      keep_high=(self.keep_low, 1), alpha1=0, alpha2=0, tau=1e-6,
+                      select_after_layer=0)
 
 
 # steps=0: as epochs say; batch: pictures a step; autocast: matrix products in bfloat16 [ours]

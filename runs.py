@@ -184,12 +184,22 @@ def preset(module, encoder_width: int, shared: type | None = None) -> dict:
     return values
 
 
-def check_choices(config) -> None:
-    """Raises ValueError for a value that is none of its option's Literal."""
+def check_options(config, **bounds) -> None:
+    """Raises ValueError for a value that is none of its option's Literal, and for a number that is
+    not within its bounds: the least, or (least, most). Heads have to part the width."""
     for option in fields(config):
         known = get_args(option.type)
         if get_origin(option.type) is Literal and getattr(config, option.name) not in known:
             raise ValueError(f"{option.name}={getattr(config, option.name)!r} is none of {known}")
+    for name, bound in bounds.items():
+        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
+        value = getattr(config, name)
+        if not (least <= value <= most and math.isfinite(value)):          # NaN is neither
+            raise ValueError(f"{name}={value}: expected " + (
+                f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"))
+    heads, width = getattr(config, "heads", 1), getattr(config, "width", 0)
+    if heads < 1 or width % heads:
+        raise ValueError(f"heads={heads}: expected a number that parts the width {width} evenly")
 
 
 def options_class(config_class: type) -> type:

@@ -71,7 +71,7 @@ from autoselect import (
     temperature,
     zscore,
 )
-from runs import Way, check_choices
+from runs import Way, check_options
 
 AGGREGATIONS = ("full", "last", "uniform", "alive")
 NEVER = -1e4                              # a stop bias with which stop never wins
@@ -125,10 +125,9 @@ class Config(Sizes):
     text_steps: int = HfArg(default=50, help="steps in which g_text of Eq. 3 rises to 1 [ours]")
 
     def __post_init__(self):
-        check_choices(self)
-        if min(self.max_steps, self.max_text, self.decoder_layers) < 1:
-            raise ValueError(f"max_steps={self.max_steps}, max_text={self.max_text}, decoder_layers"
-                             f"={self.decoder_layers}: expected at least 1 of each")
+        check_options(self, max_text=1, max_steps=1, layers=0, decoder_layers=1, tau_pointer=1e-6,
+                      gamma=(0, 1), momentum=(0, 1), hops=-1, tau_start=1e-6, tau_end=1e-6,
+                      length_weight=0, length_weight_end=0, text_steps=0)
 
 
 #               steps, pictures a step, learning rate, products but the pointer's in bfloat16 [ours]

@@ -31,7 +31,7 @@ import runs
 from backbones.checkpoints import check_device, read_config
 from benchmarks.costs import is_large, that_fit, training_bytes
 from common import PROTOCOLS, FrozenVLM, find_adapter
-from data.batches import DATA, batches, cached, causes, open_data
+from data.batches import DATA, SOURCES, batches, cached, causes, open_data
 
 # options that may change when a run is resumed: the selector comes out the same
 FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "evaluate", "push",
@@ -86,10 +86,11 @@ class TrainConfig:
 
     def __post_init__(self):
         self.data = "folder" if self.images and self.data == "scenes" else self.data
-        least = dict(batch=1, save_every=1, n_pictures=1, questions=1, steps=0, epochs=0, micro=0)
-        for name, low in least.items():
-            if not getattr(self, name) >= low:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least {low}")
+        runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=1, steps=0,
+                           epochs=0, micro=0, lr=0, seed=0, workers=0)
+        if (self.path or self.split) and self.data not in SOURCES:
+            raise ValueError(f"path={self.path}, split={self.split}: of the data {self.data} they "
+                             "name nothing; expected --data, one of " + ", ".join(SOURCES))
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
         if self.data == "folder" and not self.images:
@@ -116,7 +117,6 @@ def parse(args: list[str]) -> tuple[TrainConfig, object]:
         parser.set_defaults(steps=0)            # which would win
     config, options = parser.parse_args_into_dataclasses(args)
     config.method = module.__name__
-    module.Config(**vars(options))              # its checks, before anything is loaded
     return config, options
 
 

@@ -121,6 +121,15 @@ def test_a_run_of_another_backbone_or_a_half_finished_one_is_refused(tmp_path, v
     (dict(meth="stepprune"), "unrecognized|not used"),
     (dict(method="best"), "method='best': expected one of autoselect, recon_selector, stepprune"),
     (dict(data="folder"), "needs --images"), (dict(gate="typo"), "invalid choice: 'typo'"),
+    (dict(heads=3), "heads=3: expected a number that parts the width 128 evenly"),
+    (dict(layers=0), "layers=0: expected at least 1"),
+    (dict(lr="nan"), "lr=nan: expected at least 0"),
+    (dict(lr="inf"), "lr=inf: expected at least 0"), (dict(seed=-1), "seed=-1: expected at least 0"),
+    (dict(tau_end=0), "tau_end=0.0: expected at least 1e-06"),
+    (dict(keep=["nan"]), r"keep=\[nan\]: expected"),
+    (dict(method="stepprune", hops=-2), "hops=-2: expected at least -1"),
+    (dict(method="stepprune", gamma=5), "gamma=5.0: expected 0 to 1"),
+    (dict(path="there"), "path=there, split=None: of the data scenes they name nothing"),
     (dict(batch=4, micro=3), "batch=4 on 1 processes, micro=3: expected a multiple of 3")])
 def test_a_mistake_ends_in_one_line(tmp_path, bad, message, monkeypatch, capsys):
     """Exit code 2 and no traceback."""

@@ -238,3 +238,12 @@ def test_a_selector_of_another_backbone_is_refused_before_a_weight_is_read(tmp_p
     monkeypatch.setattr(common, "read_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="was trained for another backbone"):
         evaluate.main(["--model", "tiny/qwen2_5_vl", "--run", STEPPRUNE, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("option, value", [
+    ("batch", "-1"), ("sample", "-5"), ("resamples", "0"), ("calibration", "0"), ("seed", "-1"),
+    ("budgets", "nan"), ("budgets", "inf"), ("budgets", "1.5"), ("budgets", "-2"),
+])
+def test_a_number_that_cannot_be_is_named_at_once(option, value):
+    with pytest.raises(ValueError, match=f"{option}=.*expected"):
+        evaluate.main(["--model", "tiny/llava", f"--{option}", value])
