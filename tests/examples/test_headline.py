@@ -83,7 +83,9 @@ class Hub(BaseHTTPRequestHandler):
              "lmms-lab/GQA": {"testdev_balanced_images/testdev-0.parquet": 2e9,
                               "testdev_balanced_instructions/testdev-0.parquet": 1e9,
                               "train_all_images/train-0.parquet": 90e9},
-             "lmms-lab/MMBench": {"en/dev-0.parquet": 5e8, "README.md": 1e9},
+             "lmms-lab/MMBench": {"en/dev-0.parquet": 5e8, "README.md": 1e9,
+                                  "en/test-0.parquet": 1e9, "cn/dev-0.parquet": 4e8},
+             "lmms-lab/SEED-Bench": {"data/test-0.parquet": 2e9, "data/train-0.parquet": 8e9},
              "owner/llava-1.5-7b": {"model-1.safetensors": 14e9, "pytorch_model.bin": 14e9}}
 
     def do_GET(self):
@@ -107,15 +109,17 @@ def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
                         f"http://127.0.0.1:{server.server_port}")
     lines = plan_of(capsys, "autoselect", "--model", layouts["llava-1.5-7b-hf"], "--out",
-                    str(tmp_path), "--evaluate", "--benchmarks gqa mmbench mmbench_cn pope")
+                    str(tmp_path), "--evaluate",
+                    "--benchmarks gqa mmbench mmbench_cn seed seed_all pope")
     server.shutdown()
-    # of a split, of a config; MMBench's repository holds both languages and is counted once
+    # of a split, of a config; on the disk what two benchmarks ask for is counted once
     assert lines["download"] == [
         "training, 6.00 GB, visual-layer/imagenet-1k-vl-enriched, streamed: not kept, and anew in "
         "every pass", "gqa, 3.00 GB, lmms-lab/GQA", "mmbench, 0.50 GB, lmms-lab/MMBench",
-        "mmbench_cn, 0.50 GB, lmms-lab/MMBench",
+        "mmbench_cn, 0.40 GB, lmms-lab/MMBench", "seed, 2.00 GB, lmms-lab/SEED-Bench",
+        "seed_all, 2.00 GB, lmms-lab/SEED-Bench",
         "pope, size unknown, lmms-lab-encoder/POPE and lmms-lab/POPE not found"]
-    assert lines["disk"][0].startswith("7.00 GB in the caches")
+    assert lines["disk"][0].startswith("5.90 GB in the caches; free")
 
 
 def rehearse(root, out, *more) -> None:
@@ -126,6 +130,7 @@ def rehearse(root, out, *more) -> None:
         "--benchmarks pope mme --methods fastv --budgets 64 16", *more])
 
 
+@pytest.mark.slow
 def test_a_rehearsal_killed_twice_goes_on_and_ends_with_the_table(root, tmp_path, capsys,
                                                                   monkeypatch):
     checks = []
@@ -163,6 +168,7 @@ def test_a_rehearsal_killed_twice_goes_on_and_ends_with_the_table(root, tmp_path
     assert "- hours: training" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_check_that_fails_ends_it_unless_told_otherwise(root, tmp_path, capsys):
     """On the shrunk layout of a real backbone, whose random weights answer nothing."""
     model = tmp_path / "llava-1.5-7b"

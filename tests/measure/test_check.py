@@ -64,6 +64,7 @@ def test_every_line_passes_on_the_shipped_llava(tmp_path, capsys):
     assert {each["K"] for each in answers} == {16}
 
 
+@pytest.mark.slow
 def test_random_weights_of_every_family_fail_at_the_scenes_alone(path, tmp_path, monkeypatch):
     monkeypatch.setattr(check, "REPEATS", 1)
     with pytest.raises(RuntimeError, match="^1 of 11 checks failed: scenes$"):
