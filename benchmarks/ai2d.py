@@ -19,13 +19,14 @@ from benchmarks.questions import Question, most_tokens, table
 NAME = "AI2D"
 MAIN = "accuracy"
 HUBS = ("lmms-lab-encoder/ai2d", "lmms-lab/ai2d")
+SPLIT = "test"
 COLUMNS = ("question", "options", "answer", "image")
 
 
 def load(path=None, split=None, family="llava") -> list[Question]:
     """The rows of test [paper]; their numbers are the ids, for the set has none. Raises as table()
     does."""
-    data = table(HUBS, path, None, split or "test", COLUMNS)
+    data = table(HUBS, path, None, split or SPLIT, COLUMNS)
     return [question(i, row, data, family)
             for i, row in enumerate(without_pictures(data, "image"))]
 

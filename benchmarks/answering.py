@@ -4,10 +4,13 @@
     answer_batch(vlm, part, ways, ...)          one batch, in every way
     ask(vlm, questions, ...)                    one batch, encoded and ready to be selected from
 
+K counts units of the picture in every way, newlines come on top: see baselines/newlines.py.
+
 Shapes  Q questions of a batch, B different pictures among them, K kept units
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -18,6 +21,7 @@ from tqdm import tqdm
 
 from baselines.encoder import encode
 from baselines.inside import Shown, generate_inside
+from baselines.newlines import among_units
 from benchmarks import plots
 from benchmarks.costs import (
     Clock,
@@ -98,11 +102,25 @@ class Impossible(ValueError):
     """A selection cannot keep K of such tokens, or serve such pictures at all."""
 
 
+class TooLong(ValueError):
+    """A question whose prompt is longer than the language model has positions.
+
+    row: its place among those that were asked; tokens: of its prompt, those of its picture
+    included; twice: only where the question stands before the image too
+    """
+
+    MESSAGE = re.compile(r"row (\d+) has (\d+) tokens, those of its image included")
+
+    def __init__(self, error: str, row: int, tokens: int, twice: bool):
+        super().__init__(error)
+        self.row, self.tokens, self.twice = row, tokens, twice
+
+
 def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None = None
         ) -> QuestionBatch:
     """Some questions, every different picture encoded once, with all that the ways need.
 
-    Raises ValueError naming questions that cannot be read, or are too long.
+    Raises ValueError naming questions that cannot be read, TooLong for one that is too long.
     """
     clock = clock or Clock(vlm.device)
     images = [read_images(question) for question in questions]
@@ -113,11 +131,17 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
     pixels = vlm.pictures([rows[owner.index(b)] for b in range(len(names))])
     turns = [[(question.prompt, None)] for question in questions]
     orders = sorted({bool(way and way.ask_twice) for way in ways}) or [False]
-    try:
-        inputs = {twice: vlm.batch(rows, turns, ask_twice=twice) for twice in orders}
-    except ValueError as error:
-        ids = ", ".join(question.id for question in questions)
-        raise ValueError(f"{error}. The rows, from 0, are the questions {ids}") from error
+    inputs = {}
+    for twice in orders:
+        try:
+            inputs[twice] = vlm.batch(rows, turns, ask_twice=twice)
+        except ValueError as error:
+            ids = ", ".join(question.id for question in questions)
+            said = f"{error}. The rows, from 0, are the questions {ids}"
+            if too_long := TooLong.MESSAGE.match(str(error)):
+                row, n = map(int, too_long.groups())
+                raise TooLong(said, row, n, twice) from error
+            raise ValueError(said) from error
     needs = {}
     for way in filter(None, ways):
         needs |= way.needs
@@ -133,10 +157,24 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
 
 @torch.no_grad()
 def calibration_batches(vlm, questions: list[Question], size: int) -> Iterator[tuple]:
-    """(units, question) of all questions, `size` at a time: what select() reads."""
+    """(units, question) of all questions, `size` at a time: what select() reads. Those that are too
+    long are left out."""
     for start in tqdm(range(0, len(questions), size), "calibrate"):
-        asked = ask(vlm, questions[start:start + size])
-        yield asked.units, asked.question
+        _, asked = ask_what_fits(vlm, questions[start:start + size])
+        if asked:
+            yield asked.units, asked.question
+
+
+def ask_what_fits(vlm, questions: list[Question], *ways: Way | None
+                  ) -> tuple[list[Question], QuestionBatch | None]:
+    """The questions that are not too long, and ask() of them; None if there are none."""
+    questions = list(questions)
+    while questions:
+        try:
+            return questions, ask(vlm, questions, *ways)
+        except TooLong as error:
+            del questions[error.row]
+    return [], None
 
 
 def content(question: Question) -> str:
@@ -242,9 +280,15 @@ def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, seed: int = 
 
     part: [(number, question), ...] with the same limit of new tokens
     ways: {(name, K): Way, or None for all tokens}
+    A question that is too long for the model gets the row of unanswered().
     """
+    if not part:
+        return {key: [] for key in ways}
     clock = Clock(vlm.device)
-    asked = ask(vlm, [question for _, question in part], *ways.values(), clock=clock)
+    try:
+        asked = ask(vlm, [question for _, question in part], *ways.values(), clock=clock)
+    except TooLong as error:
+        return answer_around(vlm, part, ways, error, seed, positions)
     tokens = asked.tokens()
     texts = {twice: text_tokens(vlm, batch) for twice, batch in asked.inputs.items()}
     limit = part[0][1].limit
@@ -260,6 +304,32 @@ def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, seed: int = 
         rows[key] = [make_row(vlm, clock, key, part[q], q, answers, asked, tokens[q],
                               texts[twice][q]) for q in range(len(part))]
     return rows
+
+
+def answer_around(vlm, part: list, ways: dict, error: TooLong, seed: int, positions: str) -> dict:
+    """answer_batch() of a part with a question that is too long, be it only in the ways that put it
+    before the image too."""
+    number, question = part[error.row]
+    rest = [*part[:error.row], *part[error.row + 1:]]
+    stuck = {key: way for key, way in ways.items() if not error.twice or way and way.ask_twice}
+    others = {key: way for key, way in ways.items() if key not in stuck}
+    rows = answer_batch(vlm, rest, stuck, seed, positions)
+    for key in stuck:
+        if not isinstance(rows[key], Impossible):
+            rows[key].insert(error.row, unanswered(number, question, error.tokens))
+    if others:
+        rows |= answer_batch(vlm, part, others, seed, positions)
+    return {key: rows[key] for key in ways}
+
+
+def unanswered(number: int, question: Question, tokens: int) -> dict:
+    """The row of a question that the model has no positions for: nothing is answered, which is
+    scored like any answer, and nothing was spent. LLaVA's own code cuts the end of such a prompt
+    off, that is its question."""
+    row = {"number": number, "id": question.id, "prompt": question.prompt, "answer": "",
+           "gold": plain(question.gold), "kept": 0, "seen": [0, 0, 0.], "flops": 0,
+           "ms": dict.fromkeys(("vision", "select", "prefill", "decode"), 0.), "too long": tokens}
+    return row if question.evidence is None else row | {"recall": None}
 
 
 def text_tokens(vlm, batch) -> list[int]:
@@ -303,12 +373,13 @@ def answer_inside(vlm, way: Way, asked: QuestionBatch, batch, key, clock: Clock,
     it together."""
     prompt = vlm.embed(batch, asked.units)
     entered = prompt.is_visual.sum(1).tolist()
+    tokens = asked.tokens()
     shown = Shown.of(vlm, batch, asked.units)
-    groups = by_budget(key[1], entered)
+    groups = by_budget(key[1], tokens)
     rows = {}
     for k, members in groups.items():
         part = prompt if len(groups) == 1 else rows_of(prompt, members)
-        counts = [entered[b] for b in members]
+        counts = [tokens[b] for b in members]
         rows |= zip(members, generate_staged(vlm, way, part, shown.rows(members), counts, k, key,
                                              clock, limit, positions))
     texts, keep, later = zip(*(rows[b] for b in range(len(entered))))
@@ -322,12 +393,12 @@ def rows_of(prompt: Prompt, rows: list[int]) -> Prompt:
     return part.only(part.mask.bool())
 
 
-def generate_staged(vlm, way: Way, prompt: Prompt, shown: Shown, entered: list[int], k, key,
+def generate_staged(vlm, way: Way, prompt: Prompt, shown: Shown, units: list[int], k, key,
                     clock: Clock, limit: int, positions: str):
     """Of every row: its answer, the units that were kept to the end, or None for all, {layer:
-    visual tokens from it on}."""
+    visual tokens from it on, newlines included}. units: how many each has."""
     try:
-        rules = way.stages(k, entered)
+        rules = {layer: among_units(rule) for layer, rule in way.stages(k, units).items()}
     except ValueError as error:
         raise Impossible(str(error)) from error
     kept = {}
@@ -335,7 +406,7 @@ def generate_staged(vlm, way: Way, prompt: Prompt, shown: Shown, entered: list[i
     def watched(layer, rule):
         def watch(view):
             # the choices of all stages together are one selection
-            with clock(("select", key), len(entered) if layer == min(rules) else 0):
+            with clock(("select", key), len(units) if layer == min(rules) else 0):
                 try:
                     chosen = rule(view)
                 except ValueError as error:            # such as fewer tokens than crops
@@ -346,14 +417,17 @@ def generate_staged(vlm, way: Way, prompt: Prompt, shown: Shown, entered: list[i
             return chosen
         return watch
     stages = {layer: watched(layer, rule) for layer, rule in rules.items()}
-    texts = timed(clock, key, len(entered), lambda streamer: generate_inside(
+    before = clock.seconds.get(("select", key), 0.)
+    texts = timed(clock, key, len(units), lambda streamer: generate_inside(
         vlm, prompt, stages, limit, streamer, positions, shown))
     if not stages:
-        clock.add(("select", key), 0., len(entered))   # nothing is selected, in no time
-    last = [None] * len(entered)
+        clock.add(("select", key), 0., len(units))     # nothing is selected, in no time
+    # the prompt waited for the selection, whose time is counted already
+    clock.add(("prefill", key), before - clock.seconds[("select", key)], 0)
+    last = [None] * len(units)
     if kept:
         last = [shown.units_of(b, tokens) for b, tokens in enumerate(kept[max(kept)])]
-    later = [{layer: len(keep[b]) for layer, keep in kept.items()} for b in range(len(entered))]
+    later = [{layer: len(keep[b]) for layer, keep in kept.items()} for b in range(len(units))]
     return zip(texts, last, later)
 
 
@@ -384,7 +458,9 @@ def draw_kept(vlm, selector, way: Way, k, questions, path) -> None:
     if way.select is None or way.stages is not None:
         return                                  # it selects inside the language model
     few = list({content(question): question for question in questions[:60]}.values())[:6]
-    asked = ask(vlm, few, way)
+    few, asked = ask_what_fits(vlm, few, way)
+    if not few:
+        return
     keep = choose(way, asked, k)[0]
     heat = selector.scores(asked.units, asked.question)
     orders = plots.by_score(asked.units, heat, keep) if way.reads_question else None
@@ -432,7 +508,7 @@ def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int 
 
     A batch that was cut off is answered again as a whole, with the same neighbours, and completed:
     the files come out as if nothing had happened. Where K cannot be had the way is left out, which
-    is printed.
+    is printed; so is a question that is too long for the model, which is not asked again.
     """
     ways = dict(ways)
     for part in tqdm(batches(questions, batch)[process::processes], title, disable=process > 0):
@@ -440,9 +516,14 @@ def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int 
                    if any(question.id not in files[key].done for _, question in part)}
         if not lacking:
             continue
+        unread = {}
         for key, rows in answer_batch(vlm, part, lacking, seed, positions).items():
             if isinstance(rows, Impossible):
                 print(f"{key[0]} {key[1]}: left out, {rows}")
                 del ways[key]
             else:
                 files[key].add(rows)
+                unread |= {row["id"]: row["too long"] for row in rows if "too long" in row}
+        for name, tokens in unread.items():
+            print(f"{title} {name}: {tokens} tokens are more than the model has positions for: "
+                  "the answer is left empty")

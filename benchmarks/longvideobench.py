@@ -19,6 +19,7 @@ from benchmarks.questions import Question, most_tokens, table
 NAME = "LongVideoBench"
 MAIN = "accuracy"
 HUBS = ("longvideobench/LongVideoBench",)
+SPLIT = "validation"
 COLUMNS = ("id", "video_path", "question", "option0", "option1", "option2", "option3", "option4",
            "correct_choice", "duration_group")
 
@@ -29,7 +30,7 @@ def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> l
 
     Raises as table() and clips() do; ValueError for an answer that is none of the options.
     """
-    rows = table(HUBS, path, None, split or "validation", COLUMNS)
+    rows = table(HUBS, path, None, split or SPLIT, COLUMNS)
     folders = clips((Path(name).stem for name in rows["video_path"]), videos, path)
     return [question(row, opened(folders[Path(row["video_path"]).stem], frames), family)
             for row in rows]
@@ -40,7 +41,7 @@ def question(row, images, family) -> Question:
     options = list(takewhile(lambda cell: cell not in (None, "N/A"), cells))
     answer = letter_of(row["correct_choice"], options, f"{NAME} {row['id']}")
     gold = {"answer": answer, "options": options, "length": f"{row['duration_group']} s"}
-    prompt = row["question"] + listed(options) + LETTER
+    prompt = row["question"] + listed(options) + LETTER + "\n"         # the last line's too
     return Question(row["id"], images, prompt, gold, most_tokens(32, family))
 
 

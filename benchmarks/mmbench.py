@@ -30,6 +30,8 @@ LEGACY = {"en": ("lmms-lab-encoder/MMBench_EN", "lmms-lab/MMBench_EN"),        #
           "cn": ("lmms-lab-encoder/MMBench_CN", "lmms-lab/MMBench_CN")}
 COLUMNS = ("index", "question", "hint", "A", "B", "C", "D", "category", "image")
 ROUND = 1_000_000
+CONFIG = "en"
+SPLIT = "dev"
 POST = {"en": LETTER, "cn": "\n请直接回答选项字母。"}
 
 
@@ -40,7 +42,7 @@ def load(path=None, split=None, family="llava", language="en", legacy=False) -> 
     """
     if language not in POST:
         raise ValueError(f"language={language!r}: expected en or cn")
-    split = split or "dev"
+    split = split or SPLIT
     columns = COLUMNS + ("answer",) * (split != "test")
     hubs = LEGACY[language] if legacy else HUBS
     data = table(hubs, path, None if legacy else language, split, columns)

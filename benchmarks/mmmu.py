@@ -19,6 +19,7 @@ from benchmarks.questions import Question, most_tokens, table
 NAME = "MMMU"
 MAIN = "accuracy"
 HUBS = ("lmms-lab-encoder/MMMU", "lmms-lab/MMMU")
+SPLIT = "validation"
 PICTURES = tuple(f"image_{k}" for k in range(1, 8))
 COLUMNS = ("id", "question", "options", "answer", "question_type", *PICTURES)
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -36,7 +37,7 @@ def load(path=None, split=None, family="llava") -> list[Question]:
     Raises as table() does; ValueError for options that are no list, or an answer that is none of
     them.
     """
-    data = table(HUBS, path, None, split or "validation", COLUMNS)
+    data = table(HUBS, path, None, split or SPLIT, COLUMNS)
     has_picture = zip(*(data.data.column(name).is_valid().to_pylist() for name in PICTURES))
     return [question(i, row, [name for name, is_there in zip(PICTURES, has) if is_there], data,
                      family)

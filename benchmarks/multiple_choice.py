@@ -71,8 +71,11 @@ def read(answer: str, options) -> str | None:
     """
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", answer).split()
     named = [letter for letter, _ in zip(ALPHABET, options) if letter in words]
-    if len(named) == 1:
-        return named[0]
+    return named[0] if len(named) == 1 else by_text(answer, options)
+
+
+def by_text(answer: str, options) -> str | None:
+    """The letter of the one option whose text the answer contains, in any case."""
     named = [letter for letter, option in zip(ALPHABET, options)
              if str(option).lower() in answer.lower()]
     return named[0] if len(named) == 1 else None

@@ -5,7 +5,6 @@ from functools import partial
 
 from benchmarks.frames import FRAMES, clips, opened
 from benchmarks.multiple_choice import (
-    LETTER,
     accuracy,
     by_letter,
     letter_of,
@@ -18,6 +17,7 @@ NAME = "NExT-QA"
 MAIN = "accuracy"
 HUBS = ("lmms-eval/NExTQA", "lmms-lab/NExTQA")
 CONFIG = "MC"
+SPLIT = "test"
 COLUMNS = ("video", "question", "answer", "qid", "type", "a0", "a1", "a2", "a3", "a4")
 KINDS = {"C": "causal", "T": "temporal", "D": "descriptive"}
 
@@ -28,7 +28,7 @@ def load(path=None, split=None, family="llava", videos=None, frames=FRAMES) -> l
 
     Raises as table() and clips() do; ValueError for an answer that is none of the options.
     """
-    rows = table(HUBS, path, CONFIG, split or "test", COLUMNS)
+    rows = table(HUBS, path, CONFIG, split or SPLIT, COLUMNS)
     folders = clips(map(str, rows["video"]), videos, path)
     return [question(row, opened(folders[str(row["video"])], frames), family) for row in rows]
 
@@ -38,8 +38,9 @@ def question(row, images, family) -> Question:
     options = [row[f"a{k}"].strip() for k in range(5)]
     gold = {"answer": letter_of(row["answer"], options, f"{NAME} {name}"), "options": options,
             "kind": KINDS.get(row["type"][:1], row["type"])}
-    prompt = row["question"].strip() + listed(options) + LETTER
-    return Question(name, images, prompt, gold, most_tokens(16, family))
+    # lmms-eval asks for no letter; nor does it limit the answer, which may be a sentence [ours]
+    prompt = row["question"].strip() + listed(options)
+    return Question(name, images, prompt, gold, most_tokens(32, family))
 
 
 def score(rows) -> dict[str, float | int]:

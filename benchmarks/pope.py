@@ -58,7 +58,15 @@ def cell(row: dict) -> tuple[str, bool, bool]:
     label = row["gold"]["answer"].strip().lower()
     if label not in ("yes", "no"):
         raise ValueError(f"{row['id']!r} has the label {label!r}: expected yes or no")
-    return row["gold"]["category"], label == "yes", not says_no(row["answer"])
+    # nothing reads as a yes, but a question that was never asked is wrong
+    said = label == "no" if "too long" in row else not says_no(row["answer"])
+    return row["gold"]["category"], label == "yes", said
+
+
+def right(row: dict) -> bool:
+    """Is this one question answered right?"""
+    _, there, said = cell(row)
+    return there == said
 
 
 def from_counts(counts: Counter) -> dict:

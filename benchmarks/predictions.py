@@ -8,9 +8,12 @@
             flops: of the prompt in the language model | ms: {stage: milliseconds}
             recall: share of the units that show the answer which were kept, None where it is not
             known; only of benchmarks that say where the answer stands
+            too long: tokens of a prompt that the model has no positions for; the answer is empty
 
 Rows are appended, whole lines at a time. Of several processes each has a file,
--00001-of-00002; they are read together, and by any number of processes continued.
+-00001-of-00002; they are read together, and by any number of processes continued. One evaluation
+at a time writes into a folder: whoever adds to a file there holds its lock, which the system takes
+back when the process ends, however it ends.
 """
 
 import json
@@ -18,9 +21,12 @@ import os
 import re
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 ROW = {"number", "id", "prompt", "answer", "gold", "kept", "seen", "flops", "ms"}
 HEADER = {"benchmark", "method", "budget", "questions"}
 PART = re.compile(r"-\d{5}-of-\d{5}$")
+SAME_ANSWER = ("prompt", "answer", "gold")             # what two rows of a question must agree in
 
 
 def file_name(method: str, budget) -> str:
@@ -41,37 +47,73 @@ def parts(path: Path) -> list[Path]:
                   if PART.sub("", file.stem) == path.stem)
 
 
+def lock(folder: Path, process: int) -> FileLock:
+    """The lock of process number `process`, from 0, on the predictions of a folder. It is held as
+    long as somebody has it, or the process lives; within one process it may be taken again.
+
+    Every evaluation has a process 0, so two of them meet here. Raises RuntimeError at once where
+    another one holds it.
+    """
+    held = FileLock(folder / f".lock-{process + 1:05d}", timeout=0, thread_local=False,
+                    is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise RuntimeError(f"another evaluation is writing into {folder}: wait for it to end, or "
+                           "name another folder by --out") from None
+    return held
+
+
 def read_file(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
     """Header and rows of one file; None and no rows where it has not even a whole header.
 
     Half a line at the end, which a kill leaves, is left out, and with `repair` cut off; either is
-    printed. Raises ValueError naming file and line for anything else that is no row.
+    printed. A whole line that lacks its end is a row, and with `repair` gets it. Raises ValueError
+    naming file and line for anything else that is no row.
     """
     data = path.read_bytes()
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    lines = data.split(b"\n")
+    last = lines.pop()
+    if last and is_whole(last, not lines):
+        lines.append(last)
+        if repair:
+            with open(path, "ab") as file:
+                file.write(b"\n")
+    elif last:
         what = "cut off and asked again" if repair else "left out"
-        print(f"{path}: half a row at its end, {len(data) - len(whole)} bytes, is {what}")
+        print(f"{path}: half a row at its end, {len(last)} bytes, is {what}")
         if repair:
             with open(path, "r+b") as file:
-                file.truncate(len(whole))
+                file.truncate(len(data) - len(last))
     rows = []
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if number > 1 and not (isinstance(row, dict) and ROW <= set(row)):
-                raise ValueError(f"expected {', '.join(sorted(ROW))}")
-            if number == 1 and not isinstance(row, dict):
-                raise ValueError("expected a header")
-            if number == 1 and not HEADER <= set(row):
-                raise ValueError("expected a header that names benchmark, method, budget and "
-                                 "questions")
+            rows.append(parsed(line, number == 1))
         except ValueError as error:
             raise ValueError(f"{path}, line {number} is no row of a predictions file ({error}): "
                              "put the file right, or move it away to ask all of its questions "
                              "again") from None
-        rows.append(row)
     return (rows[0], rows[1:]) if rows else (None, [])
+
+
+def parsed(line: bytes, is_header: bool) -> dict:
+    """A line of a file. Raises ValueError for one that is no header, or no row."""
+    row = json.loads(line)
+    if not is_header and not (isinstance(row, dict) and ROW <= set(row)):
+        raise ValueError(f"expected {', '.join(sorted(ROW))}")
+    if is_header and not isinstance(row, dict):
+        raise ValueError("expected a header")
+    if is_header and not HEADER <= set(row):
+        raise ValueError("expected a header that names benchmark, method, budget and questions")
+    return row
+
+
+def is_whole(line: bytes, is_header: bool) -> bool:
+    """Is a line that lacks its end all there? Of half a line JSON can make nothing."""
+    try:
+        return bool(parsed(line, is_header))
+    except ValueError:
+        return False
 
 
 def header_differences(here: dict, there: dict) -> str:
@@ -85,10 +127,11 @@ def read(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
     """Header and rows, in the order of the questions, of all files of <name>.jsonl; None if there
     are none.
 
-    Raises ValueError for files that do not belong together, and for an id that has two rows.
+    Of several rows of an id that have the same answer the first counts, which is printed. Raises
+    ValueError for files that do not belong together, and for an id that has two answers.
     """
     header = None
-    rows, where = {}, {}
+    rows, where, again = {}, {}, []
     for file in parts(path):
         own_header, own_rows = read_file(file, repair)
         if own_header is None:
@@ -98,20 +141,26 @@ def read(path: Path, repair: bool = False) -> tuple[dict | None, list[dict]]:
                              f"({differ}): move one away")
         header = header or own_header
         for row in own_rows:
-            if row["id"] in rows:
+            there = rows.setdefault(row["id"], row)
+            if any(row[key] != there[key] for key in SAME_ANSWER):
                 raise ValueError(f"the id {row['id']!r} has a row in {where[row['id']]} and "
-                                 f"another in {file}: do two runs write there at once? Delete one "
-                                 "of the two lines")
-            rows[row["id"]] = row
-            where[row["id"]] = file
+                                 f"another in {file}, with another answer: delete one of the two "
+                                 "lines")
+            if there is not row:
+                again.append(row["id"])
+            where.setdefault(row["id"], file)
+    if again:
+        print(f"{path}: rows that stand there once more with the same answer are left out: "
+              f"{len(again)}, such as that of {again[0]!r}")
     return header, sorted(rows.values(), key=lambda row: row["number"])
 
 
 class Predictions:
     """One method's answers to a list of questions, to be added to; done: ids that have one.
 
-    Raises ValueError naming what differs where the file is of another model, method or setting, or
-    of other questions.
+    As long as it lives no other evaluation may write into the folder: see lock(). Raises ValueError
+    naming what differs where the file is of another model, method or setting, or of other
+    questions.
     """
 
     def __init__(self, path: Path, header: dict, questions, process: int = 0, processes: int = 1):
@@ -119,6 +168,7 @@ class Predictions:
         self.file = own_file(self.path, process, processes)
         self.header = header
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path.parent, process)
         # each process repairs its own file, and reads the others'
         if self.file.exists() and read_file(self.file, repair=True)[0] is None:
             self.file.unlink()

@@ -6,6 +6,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +15,20 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo, Features, List, load_dataset
 from datasets import Image as Picture
+from datasets import config as offline
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import stored
 from benchmarks.scores import group
 from data.pictures import open_picture
-from data.sources import hub
+from data.sources import download, hub, snapshots, split_files, unfetched
 
 HELD_OUT = 0.1                                         # of a benchmark, to steer methods by [ours]
 KINDS = (".parquet", ".json", ".jsonl")
 PICTURES = re.compile(r"images?(_\d+)?")               # columns whose cells may be a picture's path
+SHARE = .25                            # of a split's row groups: fewer are read alone [ours]
+FEW = ContextVar("few", default=None)
 
 
 @dataclass
@@ -59,19 +65,61 @@ def table(hubs, path: str | Path | None, config: str | None, split: str, columns
     file that cannot be read.
     """
     if path is None:
-        where = ", ".join(hubs)
-        data = hub(hubs[0], lambda repo, _: load_dataset(repo, config, split=split),
-                   [(repo, None) for repo in hubs])
+        found = hub(hubs[0], lambda repo, _: from_hub(repo, config, split),
+                    [(repo, None) for repo in hubs])
     else:
-        files = local_files(Path(path), config, split)
-        where = files[0].parent
-        data = read(files)
-    missing = [column for column in columns if column not in data.column_names]
-    if missing:
-        raise ValueError(f"{where} {config or ''} {split}: no column "
-                         f"{', '.join(map(repr, missing))} among {', '.join(data.column_names)}; "
-                         f"expected the columns of {hubs[0]}")
-    return undecoded(data.select_columns(list(columns)), where)
+        found = local_files(Path(path), config, split)
+    if isinstance(found, Dataset):
+        check(columns, found.column_names, f"{config or ''} {split}", hubs[0])
+        return undecoded(found.select_columns(list(columns)), Path())
+    return undecoded(read(found, columns, hubs[0]), Path(found[0]).parent)
+
+
+@contextmanager
+def few(n: int | None):
+    """Within it, table() is asked for splits of which n rows are shown, None or 0 for all. Where
+    these are much fewer than a split of the hub has row groups, their pictures are read over the
+    network when they are shown, and the files are not fetched."""
+    token = FEW.set(n or None)
+    try:
+        yield
+    finally:
+        FEW.reset(token)
+
+
+def from_hub(repo: str, config: str | None, split: str) -> list | Dataset:
+    """The parquet files of a split: fetched into the hub's cache, or hf:// addresses, see few().
+
+    Other splits are not fetched; of a repository without parquet files `datasets` fetches all and
+    writes them once more. Offline: what was fetched before, by whatever commit.
+    """
+    if offline.HF_HUB_OFFLINE:
+        for folder in snapshots(repo):
+            if not config or (folder / config).is_dir():   # else another's would be taken for it
+                try:
+                    files = local_files(folder, config, split)
+                except (ValueError, FileNotFoundError):
+                    continue
+                if is_whole(files):
+                    return files
+    else:
+        files = split_files(repo, config, split)
+        what = " ".join(filter(None, (config, split)))
+        if files and (n := FEW.get()) and (new := unfetched(files)):
+            if n < SHARE * stored.row_groups(files):
+                print(f"{what}: of {len(files)} files of {repo}, "
+                      f"{sum(info.size for info in new) / 2**30:.2f} GiB, only the texts and the "
+                      f"pictures of about {n} questions are read, anew in every run", flush=True)
+                return files
+        if files:
+            return download(files, what)
+    return load_dataset(repo, config, split=split)
+
+
+def is_whole(files: list[Path]) -> bool:
+    """Are all parts of a split there, as their names count them?"""
+    of = re.search(r"-of-(\d{5})", files[0].name)
+    return not of or len(files) == int(of[1])
 
 
 def local_files(path: Path, config: str | None, split: str) -> list[Path]:
@@ -101,18 +149,30 @@ def local_files(path: Path, config: str | None, split: str) -> list[Path]:
     return splits[split]
 
 
-def read(files: list[Path]) -> Dataset:
-    """The rows of parquet files, or of JSON files. Raises ValueError naming what cannot be read."""
+def read(files: list, columns, like: str) -> Dataset:
+    """These columns of parquet files, whose pictures stay there, see stored.py, or of JSON files.
+    Raises ValueError naming what cannot be read, or a column that is not there, as in `like`."""
+    if str(files[0]).endswith(".parquet"):
+        for file in map(str, files):
+            check(columns, stored.column_names(file), file, like)
+        return stored.rows([*map(str, files)], columns)
     try:
-        if files[0].suffix == ".parquet":
-            return load_dataset("parquet", data_files=[str(file) for file in files], split="train")
         rows = [row for file in files for row in json_rows(file)]
         # a key may be missing in the first row
         names = dict.fromkeys(name for row in rows for name in row)
-        return Dataset(pa.table({name: [row.get(name) for row in rows] for name in names}))
-    except Exception as error:                         # each library on the way has its own
+        data = Dataset(pa.table({name: [row.get(name) for row in rows] for name in names}))
+    except Exception as error:                         # rows of any form raise any type
         raise ValueError(f"{', '.join(map(str, files))}: cannot be read ({error}): expected rows "
-                         "of the same columns, as parquet, a JSON list or JSON lines") from error
+                         "of the same columns, as a JSON list or JSON lines") from error
+    check(columns, data.column_names, files[0], like)
+    return data.select_columns(list(columns))
+
+
+def check(columns, names: list[str], where, like: str) -> None:
+    missing = [column for column in columns if column not in names]
+    if missing:
+        raise ValueError(f"{where}: no column {', '.join(map(repr, missing))} among "
+                         f"{', '.join(names)}; expected the columns of {like}")
 
 
 def json_rows(file: Path) -> list[dict]:
@@ -151,8 +211,13 @@ def undecoded_feature(feature):
 
 
 def picture(cell: dict) -> Image.Image:
-    """The picture of a cell, RGB. Raises ValueError where it is none, see open_picture()."""
-    return open_picture(cell["path"] or "picture without a name", cell["bytes"])
+    """The picture of a cell, RGB. Raises ValueError where it is none, see open_picture(), or its
+    file cannot be read, see stored.py."""
+    name = cell["path"] or "picture without a name"
+    if name.startswith(stored.PLACE):
+        cell = stored.stored(name)
+        name = cell["path"] or name
+    return open_picture(name, cell["bytes"])
 
 
 def most_tokens(n: int, family: str) -> int:
@@ -188,7 +253,8 @@ def draw_questions(module, path: Path | None, family: str, options: dict, n: int
         asked = module.load(None, family=family, **{"n": n or 1000, **options})
         steering = module.load(None, family=family, n=calibration, split="calibration")
         return list(asked), list(steering), "its split for calibration"
-    whole = list(module.load(path, family=family, **options))
+    with few(n and n + calibration):                   # of a large split the rest stays on the hub
+        whole = list(module.load(path, family=family, **options))
     held_out = min(calibration, max(1, int(HELD_OUT * len(whole))))
     asked = sample(whole, min(n or len(whole), len(whole) - held_out), seed, group)
     chosen = {question.id for question in asked}

@@ -20,13 +20,14 @@ NAME = "ScienceQA-IMG"
 MAIN = "accuracy"
 HUBS = ("lmms-lab-encoder/ScienceQA", "lmms-lab/ScienceQA")
 CONFIG = "ScienceQA-IMG"
+SPLIT = "test"
 COLUMNS = ("question", "choices", "answer", "hint", "image")
 
 
 def load(path=None, split=None, family="llava") -> list[Question]:
     """The rows of test [paper]; their numbers are the ids, for the set has none. Raises as table()
     does."""
-    data = table(HUBS, path, CONFIG, split or "test", COLUMNS)
+    data = table(HUBS, path, CONFIG, split or SPLIT, COLUMNS)
     return [question(i, row, data, family)
             for i, row in enumerate(without_pictures(data, "image"))]
 

@@ -18,6 +18,8 @@ from benchmarks import predictions
 VANILLA = ("vanilla", 0)
 SEED = re.compile(r"_s\d+\b")         # what tells the runs of one setting apart, <run>_s0, <run>_s1
 PRINTED = Path(__file__).with_name("published.json")
+DOWNSAMPLE = "downsample"             # the baseline that tells hard questions from easy ones
+RIGHT = 50                            # of 100 points: a question counts as answered [VTC-Bench]
 SAME_RUN = ("model", "fingerprint", "dtype", "protocol", "positions")
 
 
@@ -86,13 +88,19 @@ def group(row: dict) -> tuple:
     return "", gold["index"] % 1_000_000 if "copies" in gold else row["id"]
 
 
-def group_scores(module, rows) -> list[np.ndarray] | None:
-    """The score as a mean over groups of questions, or a sum over strata of such means: an array of
-    the groups' scores for each stratum; None for a score that is neither."""
+def grouped(rows) -> dict[str, dict]:
+    """{stratum: {key: rows}} by group()."""
     strata = {}
     for row in rows:
         stratum, key = group(row)
         strata.setdefault(stratum, {}).setdefault(key, []).append(row)
+    return strata
+
+
+def group_scores(module, rows) -> list[np.ndarray] | None:
+    """The score as a mean over groups of questions, or a sum over strata of such means: an array of
+    the groups' scores for each stratum; None for a score that is neither."""
+    strata = grouped(rows)
     values = [np.array([module.score(members)[module.MAIN] for members in groups.values()], float)
               for groups in strata.values()]
     total = module.score(rows)[module.MAIN]
@@ -115,10 +123,11 @@ def bootstrap(module, rows, seed: int = 0, resamples: int = 1000) -> np.ndarray:
     values = group_scores(module, rows)
     if values is None:
         rng = np.random.default_rng([seed, 0])
+        strata = [[*groups.values()] for groups in grouped(rows).values()]
         for i in tqdm(range(resamples), "resample", leave=False):
-            drawn = rng.integers(0, len(rows), len(rows))
-            # a scorer refuses an id that comes twice
-            again = [{**rows[q], "id": f"{rows[q]['id']} {place}"} for place, q in enumerate(drawn)]
+            drawn = [groups[q] for groups in strata
+                     for q in rng.integers(0, len(groups), len(groups))]
+            again = [renamed(row, place) for place, members in enumerate(drawn) for row in members]
             draws[i] = module.score(again)[module.MAIN]
         return draws
     for number, x in enumerate(values):
@@ -126,6 +135,14 @@ def bootstrap(module, rows, seed: int = 0, resamples: int = 1000) -> np.ndarray:
         for i in range(resamples):
             draws[i] += x[rng.integers(0, len(x), len(x))].mean()
     return draws
+
+
+def renamed(row: dict, place: int) -> dict:
+    """A row that is drawn at this place: a scorer refuses an id that comes twice, and a pair."""
+    gold = row["gold"]
+    if isinstance(gold, dict) and "pair" in gold:
+        gold = gold | {"pair": f"{gold['pair']} {place}"}
+    return {**row, "id": f"{row['id']} {place}", "gold": gold}
 
 
 def bootstrap_counts(module, rows, seed: int, resamples: int) -> np.ndarray:
@@ -162,7 +179,9 @@ def summarise(files: dict, seed: int = 0, resamples: int = 1000) -> list[dict]:
     """A line per method and K, from complete_files(): {
         "method", "K",
         "scores": {benchmark: all of score(), with value, the one that papers print, interval,
-                   retention, retention_interval},
+                   retention, retention_interval; too_long, how many questions are longer than the
+                   model has positions for; hard, see hard_scores(), where there are answers to the
+                   downsampled pictures},
         "average", "benchmarks": retention() over them,
         "costs": {benchmark: cost()}, "cost": their mean,
         "recall": {benchmark: share of the evidence that was kept, percent}, where it is known,
@@ -171,6 +190,7 @@ def summarise(files: dict, seed: int = 0, resamples: int = 1000) -> list[dict]:
     lines, draws, full = {}, {}, {}
     for name, ways in files.items():
         module = benchmarks.load_module(name)
+        hard = hard_scores(module, ways)
         for key, rows in sorted(ways.items(), key=lambda item: item[0] != VANILLA):
             line = lines.setdefault(key, {"method": key[0], "K": key[1], "scores": {}, "costs": {},
                                           "recall": {}, "spread": {}})
@@ -184,6 +204,10 @@ def summarise(files: dict, seed: int = 0, resamples: int = 1000) -> list[dict]:
                 base = draws[name, VANILLA]
                 result["retention"] = 100 * result["value"] / full[name]
                 result["retention_interval"] = interval(100 * drawn[base > 0] / base[base > 0])
+            if too_long := sum("too long" in row for row in rows):
+                result["too_long"] = too_long
+            if key in hard:
+                result["hard"] = hard[key]
             line["scores"][name] = result
             line["costs"][name] = cost(rows)
             known = [row["recall"] for row in rows if row.get("recall") is not None]
@@ -201,8 +225,44 @@ def summarise(files: dict, seed: int = 0, resamples: int = 1000) -> list[dict]:
         methods.index(line["method"]), isinstance(line["K"], str) or -line["K"]))
 
 
+def answered(module, rows) -> dict:
+    """{question: was it answered}: with at least half of the points that it can give, as VTC-Bench
+    counts what is scored softly. The copies of a question of MMBench are one question, the two
+    about a picture of MME are two."""
+    if hasattr(module, "right"):
+        return {row["id"]: module.right(row) for row in rows}
+    groups = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    return {key: module.score(members)[module.MAIN] >= RIGHT for key, members in groups.items()}
+
+
+def hard_scores(module, ways: dict) -> dict[tuple, dict]:
+    """{(method, K): {"value": percent of the hard questions that it answers, None if there are
+    none; "n": how many there are}}.
+
+    Hard is what the model answers with the whole picture and not with the picture downsampled to
+    the same K: group A of VTC-Bench, arXiv:2510.07143. Nothing where there are no such answers, and
+    of these two themselves, whose score follows from the definition. ways: {(method, K): rows}
+    """
+    found = {}
+    budgets = [k for method, k in ways if method == DOWNSAMPLE and VANILLA in ways]
+    whole = answered(module, ways[VANILLA]) if budgets else {}
+    for k in budgets:
+        small = answered(module, ways[DOWNSAMPLE, k])
+        hard = [question for question, right in whole.items() if right and not small[question]]
+        for key in ways:
+            if key[1] == k and key[0] != DOWNSAMPLE:
+                own = answered(module, ways[key])
+                value = 100 * float(np.mean([own[question] for question in hard])) if hard else None
+                found[key] = {"value": value, "n": len(hard)}
+    return found
+
+
 def cost(rows) -> dict:
-    """Means over the questions: the three token counts, FLOPs, and milliseconds per stage."""
+    """Means over the questions that were asked: the three token counts, FLOPs, and milliseconds per
+    stage."""
+    rows = [row for row in rows if "too long" not in row] or rows
     entering, last, mean = np.mean([row["seen"] for row in rows], 0).tolist()
     stages = {f"{stage}_ms": float(np.mean([row["ms"][stage] for row in rows]))
               for stage in rows[0]["ms"]}

@@ -15,6 +15,7 @@ from benchmarks.questions import Question, most_tokens, numbered, picture, table
 NAME = "SEED-I"
 MAIN = "accuracy"
 HUBS = ("lmms-lab-encoder/SEED-Bench", "lmms-lab/SEED-Bench")
+SPLIT = "test"
 COLUMNS = ("question_id", "question", "choice_a", "choice_b", "choice_c", "choice_d", "answer",
            "data_type", "image")
 KINDS = {"image": ("image",), "video": ("video",), "all": ("image", "video")}
@@ -29,7 +30,7 @@ def load(path=None, split=None, family="llava", kind="image", frames=FRAMES) -> 
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: expected one of {', '.join(KINDS)}")
-    data = table(HUBS, path, None, split or "test", COLUMNS)
+    data = table(HUBS, path, None, split or SPLIT, COLUMNS)
     rows = without_pictures(data, "image")
     # of all rows: a question has the same id whatever kinds are asked
     return [question(i, name, row, data, family, frames)

@@ -7,5 +7,6 @@ from benchmarks import seed
 NAME = "SEED"
 MAIN = seed.MAIN
 HUBS = seed.HUBS
+SPLIT = seed.SPLIT
 load = partial(seed.load, kind="all")
 score = seed.score

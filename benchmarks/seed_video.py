@@ -7,5 +7,6 @@ from benchmarks import seed
 NAME = "SEED video"
 MAIN = seed.MAIN
 HUBS = seed.HUBS
+SPLIT = seed.SPLIT
 load = partial(seed.load, kind="video")
 score = seed.score

@@ -11,6 +11,14 @@ from benchmarks import scores
 
 MOST_PARTS = 8                        # that a headline has room for; more get a table of their own
 INTERVALS = "Score with its 95 % interval over questions, retention behind it"
+# what a score counts besides, and a table says below
+COUNTED = {"unmatched": "answers could not be read",
+           "without_yes_or_no": "answers are a yes for want of a no",
+           "half_pairs": "pictures lack one of their two questions",
+           "incomplete": "questions lack some of their copies",
+           "too_long": "questions are longer than the model has positions for, and stay unanswered"}
+HARD = ("hard: percent of the questions that the model answers with the whole picture and not with "
+        "the picture downsampled to the same K (VTC-Bench, arXiv:2510.07143); how many there are")
 NO_PARTS = ("value", "interval", "retention", "retention_interval", "n", "unmatched", "value_sd",
             "retention_sd")
 
@@ -42,6 +50,10 @@ def report(lines: list[dict], quoted: list[dict] = (), header: dict | None = Non
             blocks += [f"{title}, part by part:", part]
     blocks += ["Visual tokens in the language model, FLOPs of its prompt, milliseconds a question; "
                "% of the prefill with all tokens:", costs_table(lines)]
+    if len(titles) > 1 and (hard := hard_table(lines)):
+        blocks += ["Hard questions, by benchmark:", hard]
+    if counted := counted_table(lines):
+        blocks += ["What could not be scored as it should:", counted]
     if kept := kept_table(lines):
         blocks += ["Tokens kept, by benchmark:", kept]
     if spreads := spread_table(lines):
@@ -108,23 +120,29 @@ def cell(values, unit: float = 100) -> str:
 
 def headline(lines: list[dict]) -> str:
     """One row per method and K, the seeds of a run as one: of one benchmark with the parts of its
-    score, of several with their average."""
+    score, of several with their average. Below it what its figures leave open, see remarks()."""
     titles = titles_of(lines)
     merged = scores.mean_over_seeds(lines)
     if len(titles) == 1:
-        return one_benchmark(merged, next(iter(titles)))
-    entering = comparable(lines)
+        table = one_benchmark(merged, next(iter(titles)))
+    else:
+        table = several_benchmarks(merged, titles, comparable(lines))
+    return "\n\n".join([table, *remarks(lines)])
+
+
+def several_benchmarks(lines: list[dict], titles: dict, entering: list[str]) -> str:
+    with_hard = any(hard_of(line) for line in lines)
     rows = []
-    for line in merged:
+    for line in lines:
         n = line["benchmarks"]
         cells = [score_and_retention(line["scores"].get(name)) for name in titles]
         average = "-"
         if n == len(entering):
             average = number(line["average"], line.get("average_sd"))
-        rows.append([label(line), budget(line["K"]), f"{line['cost']['kept']:.1f}", *cells, average,
-                     f"{n} of {len(titles)}"])
-    table = markdown(["method", "K", "kept", *titles.values(), "average retention",
-                      "of benchmarks"], rows)
+        rows.append([label(line), budget(line["K"]), f"{line['cost']['kept']:.1f}", *cells,
+                     *[mean_hard(line, lines)] * with_hard, average, f"{n} of {len(titles)}"])
+    table = markdown(["method", "K", "kept", *titles.values(), *["hard (n)"] * with_hard,
+                      "average retention", "of benchmarks"], rows)
     return table + "\n\nscore, retention: percent of the score with all tokens"
 
 
@@ -132,7 +150,8 @@ def one_benchmark(lines: list[dict], name: str) -> str:
     parts = parts_of(lines, name)
     parts = parts if len(parts) <= MOST_PARTS else []
     with_recall = any(name in line.get("recall", {}) for line in lines)
-    head = ["method", "K", "kept", *parts, "score", "retention",
+    with_hard = any(hard_of(line) for line in lines)
+    head = ["method", "K", "kept", *parts, "score", "retention", *["hard (n)"] * with_hard,
             *["evidence recall"] * with_recall, "select ms", "prefill ms"]
     rows = []
     for line in lines:
@@ -142,9 +161,53 @@ def one_benchmark(lines: list[dict], name: str) -> str:
                      *(number(result.get(part)) for part in parts),
                      number(result["value"], result.get("value_sd")),
                      number(result.get("retention"), result.get("retention_sd")),
-                     *[recall] * with_recall,
+                     *[hard_cell(result.get("hard"))] * with_hard, *[recall] * with_recall,
                      f"{cost['select_ms']:.2f}", f"{cost['prefill_ms']:.2f}"])
     return markdown(head, rows)
+
+
+def hard_of(line: dict) -> dict[str, dict]:
+    """{benchmark: the score of its hard questions}."""
+    return {name: result["hard"] for name, result in line["scores"].items() if "hard" in result}
+
+
+def hard_cell(hard: dict | None) -> str:
+    return f"{number(hard['value'])} ({hard['n']})" if hard else "-"
+
+
+def mean_hard(line: dict, lines: list[dict]) -> str:
+    """Mean over benchmarks that have hard questions, and how many these have; nothing where a
+    method lacks one that others have at the same K."""
+    own = {name: hard for name, hard in hard_of(line).items() if hard["n"]}
+    others = {name for other in lines if other["K"] == line["K"]
+              for name, hard in hard_of(other).items() if hard["n"]}
+    if not own or others - {*own}:
+        return "-"
+    return hard_cell({"value": np.mean([hard["value"] for hard in own.values()]),
+                      "n": sum(hard["n"] for hard in own.values())})
+
+
+def remarks(lines: list[dict]) -> list[str]:
+    """What a reader of the headline must know besides: hard questions, what K counts, and what
+    could not be scored as it should."""
+    said = [HARD] if any(hard_of(line) for line in lines) else []
+    for line in lines:
+        more = line["cost"].get("entering", 0) / max(line["cost"]["kept"], 1) - 1
+        if line["K"] == 0 and more > .001:
+            said.append("K and kept count units of the picture in every row; tokens that end a "
+                        f"line, {100 * more:.1f} % of the units, come on top")
+    for name, title in titles_of(lines).items():
+        having = [(line, line["scores"][name]) for line in lines if name in line["scores"]]
+        for key, words in COUNTED.items():
+            counts = [result.get(key, 0) for _, result in having]
+            if not any(counts):
+                continue
+            low, high = min(counts), max(counts)
+            line = having[counts.index(high)][0]
+            many = high if low == high else f"{low} to {high}"
+            most = "" if low == high else f", most of {line['method']}, K = {budget(line['K'])}"
+            said.append(f"{title}: {many} {words}{most}; of {having[0][1]['n']} answers")
+    return said
 
 
 def score_and_retention(result: dict | None) -> str:
@@ -297,6 +360,26 @@ def costs_table(lines: list[dict]) -> str:
     return markdown(["method", "K", "kept", "enter", "in the last layer", "mean over layers",
                      "prefill GFLOPs", "vision ms", "select ms", "%", "prefill ms", "%",
                      "decode ms"], rows)
+
+
+def hard_table(lines: list[dict]) -> str:
+    """Per benchmark the score of its hard questions and how many there are; "" without any."""
+    titles = titles_of(lines)
+    rows = [[line["method"], budget(line["K"]), *(hard_cell(hard.get(name)) for name in titles)]
+            for line in lines if (hard := hard_of(line))]
+    head = ["method", "K", *(f"hard, {title} (n)" for title in titles.values())]
+    return markdown(head, rows) if rows else ""
+
+
+def counted_table(lines: list[dict]) -> str:
+    """Of every line how much could not be scored as it should, see COUNTED; "" if nothing."""
+    columns = [(name, key, f"{title}: {COUNTED[key]}") for name, title in titles_of(lines).items()
+               for key in COUNTED
+               if any(line["scores"].get(name, {}).get(key) for line in lines)]
+    rows = [[line["method"], budget(line["K"]),
+             *(str(line["scores"][name].get(key, 0)) if name in line["scores"] else "-"
+               for name, key, _ in columns)] for line in lines]
+    return markdown(["method", "K", *(text for *_, text in columns)], rows) if columns else ""
 
 
 def kept_table(lines: list[dict]) -> str:

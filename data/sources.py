@@ -2,13 +2,16 @@
 
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, config, load_dataset_builder
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, RepoFile, hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from PIL import Image
 
@@ -28,6 +31,9 @@ SOURCES = {
                      "images", same=("docId", "ucsf_document_id", "ucsf_document_page_no")),
     "chartqa": Source((("HuggingFaceM4/ChartQA", None),), "images", same=("image",)),
 }
+
+# of a file on the hub: repository, commit, path
+ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 
 
 def open_source(name: str, path: str | Path | None = None, split: str | None = None,
@@ -109,28 +115,42 @@ def hub(name: str, ask: Callable, hubs: tuple[tuple[str, str | None], ...] | Non
 
     Raises as open_source does.
     """
-    failed = []
+    failed = {}
     copy = "or give the path of a local copy"
     for repo, file in hubs or SOURCES[name].hubs:
         try:
             return ask(repo, file)
         except Exception as error:    # each library on the way has its own
+            failed[repo] = error
             causes = causes_of(error)
-            if has(causes, GatedRepoError):
-                raise PermissionError(
-                    f"{repo} is gated: accept its terms at https://huggingface.co/datasets/{repo}, "
-                    f"log in by `hf auth login` or set HF_TOKEN, {copy}") from None
             if config.HF_HUB_OFFLINE or has(causes, OfflineModeIsEnabled):
-                raise FileNotFoundError(
-                    f"{name} is not read from {repo}, for HF_HUB_OFFLINE (or HF_DATASETS_OFFLINE) "
-                    f"is set: unset it, {copy}") from None
+                continue              # the next may have been fetched before
             if has(causes, ConnectionError, LocalEntryNotFoundError, TransportError):
                 raise FileNotFoundError(
                     f"{name}: the hub cannot be reached for {repo} ({causes[-1]}): is there a "
-                    f"network? Try again, {copy}") from None
-            failed.append(f"{repo}: {error}")
-    raise FileNotFoundError(f"{name} is not to be had from the hub ({'; '.join(failed)}): name "
+                    "network? Try again, set HF_HUB_OFFLINE=1 for what was fetched before, "
+                    f"{copy}") from None
+            if has(causes, GatedRepoError) or is_gated(repo):
+                raise PermissionError(
+                    f"{repo} is gated: accept its terms at https://huggingface.co/datasets/{repo}, "
+                    f"then log in by `hf auth login` or set HF_TOKEN, {copy}") from None
+    if config.HF_HUB_OFFLINE or has(causes, OfflineModeIsEnabled):
+        raise FileNotFoundError(
+            f"{name} was not fetched before, neither as {' nor as '.join(failed)}, and nothing is "
+            "fetched, for HF_HUB_OFFLINE (or HF_DATASETS_OFFLINE) is set: unset it, or where there "
+            f"is a network `hf download {repo} --repo-type dataset`, {copy}")
+    reasons = "; ".join(f"{repo}: {error}" for repo, error in failed.items())
+    raise FileNotFoundError(f"{name} is not to be had from the hub ({reasons}): name "
                             f"another split, log in by `hf auth login` if it is private, {copy}")
+
+
+def is_gated(repo: str) -> bool:
+    """Does the hub refuse its files until its terms are accepted? `datasets` hides that cause."""
+    try:
+        HfApi().auth_check(repo, repo_type="dataset")
+    except Exception as error:        # what else is wrong with it is known already
+        return has(causes_of(error), GatedRepoError)
+    return False
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
@@ -151,6 +171,54 @@ def hub_files(repo: str, pattern: str | None, split: str) -> list[str]:
     """hf:// addresses of a split, with the commit they were found at."""
     wanted = pattern and {split: pattern.format(split=split)}
     return of_split(load_dataset_builder(repo, data_files=wanted).config.data_files, split, repo)
+
+
+def split_files(repo: str, name: str | None, split: str) -> list[str] | None:
+    """hf:// addresses of a split of the configuration `name`; None for a repository that has no
+    parquet files. Raises ValueError naming the splits that there are."""
+    files = load_dataset_builder(repo, name).config.data_files or {}
+    if not any(str(file).endswith(".parquet") for part in files.values() for file in part):
+        return None
+    return of_split(files, split, repo)
+
+
+def download(files: list[str], what: str) -> list[str]:
+    """Local paths of hf:// addresses of one repository, in the hub's cache, where they stay.
+
+    what: begins the line that says how much is fetched, before it is
+    """
+    repo, commit, _ = ADDRESS.fullmatch(files[0]).groups()
+    if new := unfetched(files):
+        there = next(path for path in kept(repo).parents if path.exists())
+        print(f"{what}: {len(new)} of {len(files)} files of {repo}, "
+              f"{sum(info.size for info in new) / 2**30:.2f} GiB, are fetched into {HF_HUB_CACHE}, "
+              f"which has {shutil.disk_usage(there).free / 2**30:.0f} GiB free", flush=True)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda file: hf_hub_download(
+            repo, ADDRESS.fullmatch(file)[3], repo_type="dataset", revision=commit), files))
+
+
+def unfetched(files: list[str]) -> list[RepoFile]:
+    """Those of the hf:// addresses of one repository that the hub's cache does not hold."""
+    repo, commit, _ = ADDRESS.fullmatch(files[0]).groups()
+    names = [ADDRESS.fullmatch(file)[3] for file in files]
+    infos = HfApi().get_paths_info(repo, names, repo_type="dataset", revision=commit)
+    blobs = kept(repo) / "blobs"      # one of the same content may be of an earlier commit
+    return [info for info in infos
+            if not (blobs / (info.lfs.sha256 if info.lfs else info.blob_id)).exists()]
+
+
+def kept(repo: str) -> Path:
+    """The folder of the hub's cache for what was fetched of a repository."""
+    return Path(HF_HUB_CACHE, f"datasets--{repo.replace('/', '--')}")
+
+
+def snapshots(repo: str) -> list[Path]:
+    """Folders laid out as the repository is, of what was fetched of it; the latest commit first."""
+    folders = sorted(kept(repo).glob("snapshots/*"), key=lambda path: -path.stat().st_mtime)
+    main = kept(repo) / "refs/main"
+    latest = main.read_text().strip() if main.exists() else None
+    return sorted(folders, key=lambda path: path.name != latest)
 
 
 def local_files(path: Path, split: str) -> list[str]:

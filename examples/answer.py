@@ -33,6 +33,7 @@ import evaluate
 import runs
 from baselines.encoder import encode
 from baselines.inside import Shown, generate_inside
+from baselines.newlines import among_units
 from benchmarks import answering, plots
 from benchmarks.answering import QuestionBatch
 from benchmarks.costs import Clock
@@ -195,7 +196,7 @@ def answer_inside(vlm: FrozenVLM, answerer: Answerer, batch, clock: Clock, strea
                   max_new_tokens: int) -> str:
     """The answer where the selection happens inside the language model."""
     prompt = vlm.embed(batch, answerer.asked.units)
-    entered = prompt.is_visual.sum(1).tolist()
+    units = answerer.asked.tokens()
     shown = Shown.of(vlm, batch, answerer.asked.units)
 
     def watched(rule):
@@ -207,8 +208,8 @@ def answer_inside(vlm: FrozenVLM, answerer: Answerer, batch, clock: Clock, strea
             answerer.keep = shown.units_of(0, origin[0])       # those of the last stage remain
             return chosen
         return watch
-    rules = answerer.way.stages(answering.wanted(answerer.budget, entered[0]), entered)
-    rules = {layer: watched(rule) for layer, rule in rules.items()}
+    rules = answerer.way.stages(answering.wanted(answerer.budget, units[0]), units)
+    rules = {layer: watched(among_units(rule)) for layer, rule in rules.items()}
     return generate_inside(vlm, prompt, rules, max_new_tokens, stream, shown=shown)[0]
 
 

@@ -24,10 +24,11 @@ def downloads(trained, asked) -> list[tuple[str, tuple, str, list[str]]]:
     for name in [] if asked.data_root else asked.benchmarks:
         module = benchmarks.load_module(name)
         parts = [getattr(module, part, None) for part in ("CONFIG", "QUESTIONS", "PICTURES")]
-        # `datasets` fetches all splits of a config; where none is named all that there is counts
-        folders = [f"{part}/*" for part in parts if isinstance(part, str)]
+        folders = [f"{part}/*" for part in parts if isinstance(part, str)] or ["*"]
         if hasattr(module, "HUBS"):
-            wanted.append((name, module.HUBS, "dataset", folders or ["*.parquet"]))
+            split = getattr(module, "SPLIT", "*")
+            patterns = [f"{folder}{split}-*.parquet" for folder in folders]
+            wanted.append((name, module.HUBS, "dataset", patterns))
     return wanted
 
 
@@ -59,11 +60,9 @@ def sizes(trained, asked) -> list[str]:
         streamed = what == "training" and SOURCES[trained.data].kind != "dialogues"
         lines.append(f"- download: {what}, {sum(found.values()) / 1e9:.2f} GB, {repo}"
                      + ", streamed: not kept, and anew in every pass" * streamed)
-        # `datasets` writes what it has downloaded once more, as its own tables
-        copies = 0 if streamed else 2 if what in asked.benchmarks else 1
-        kept |= {name: copies * size for name, size in found.items()}
+        kept |= {} if streamed else found              # of one file that two ask for, once
     for name in asked.benchmarks if asked.data_root else []:
         kept |= {path: path.stat().st_size for path in Path(asked.data_root, name).rglob("*.*")}
     free = shutil.disk_usage(Path.home()).free
-    return [*lines, f"- disk: {sum(kept.values()) / 1e9:.2f} GB in the caches, of benchmarks files "
-            f"and the tables made of them; free in your home: {free / 1e9:.0f} GB"]
+    return [*lines, f"- disk: {sum(kept.values()) / 1e9:.2f} GB in the caches; free in "
+            f"your home: {free / 1e9:.0f} GB"]

@@ -1,6 +1,9 @@
 """Questions asked in batches: the same answers as one by one, whatever is cut off or left out."""
 
 
+import time
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from prediction_rows import files_for, question, timeless
 
 import baselines
 from backbones.checkpoints import blank_model
-from baselines import fastv
+from baselines import dart, fastv, pact, pdrop, sparsevlm
+from baselines.inside import Shown
 from benchmarks import answering, predictions, tiny_world
 from benchmarks.answering import Impossible, by_budget
 from benchmarks.costs import Clock, per_layer, prefill_flops
@@ -218,6 +222,152 @@ def test_questions_that_do_not_fit_are_named(tiny):
     broken = Question("9", lambda: [picture({"bytes": b"none", "path": "x.png"})], "what ?", {}, 4)
     with pytest.raises(ValueError, match="pictures of question '9' cannot be read: x.png"):
         answering.answer_batch(tiny, [(0, broken)], {})
+
+
+def long_and_short():
+    """Three questions about one picture, the second of them three times as long."""
+    image = Image.new("RGB", (24, 24), "red")
+    prompts = ["what colour is the shape ?"] * 3
+    prompts[1] = " ".join([prompts[1]] * 3)
+    return [Question(str(i), lambda: [image], prompt, {}, 4) for i, prompt in enumerate(prompts)]
+
+
+def prompt_length(vlm, question, twice=False):
+    batch = vlm.batch([question.images()[0]], [[(question.prompt, None)]], ask_twice=twice)
+    return int(batch["attention_mask"].sum())
+
+
+def test_a_question_that_is_too_long_stays_unanswered_and_is_not_asked_again(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    questions = long_and_short()
+    ways = {("vanilla", 0): None, ("random", 48): baselines.way("random", tiny)}
+    length = prompt_length(tiny, questions[1])
+    part = [*enumerate(questions)]
+    apart = answering.answer_batch(tiny, [part[0], part[2]], ways)
+    monkeypatch.setattr(tiny, "limit", length - 1)
+    files = files_for(tmp_path, questions, ways)
+    answering.run(tiny, questions, ways, files, 3, title="pope")
+    printed = capsys.readouterr().out
+    assert printed.count(f"pope 1: {length} tokens are more than the model has positions for") == 1
+    for key, file in files.items():
+        first, none, last = predictions.read(file.path)[1]
+        assert timeless([first, last]) == timeless(apart[key])
+        assert none["answer"] == "" and none["too long"] == length and none["number"] == 1
+        assert "too long" not in first
+    monkeypatch.setattr(answering, "ask", None)                    # nothing is asked again
+    answering.run(tiny, questions, ways, files_for(tmp_path, questions, ways), 3)
+
+
+def test_what_is_too_long_twice_is_asked_once(tiny, monkeypatch):
+    questions = long_and_short()
+    once, twice = (prompt_length(tiny, questions[1], twice) for twice in (False, True))
+    ways = {("twice", "all"): Way(ask_twice=True, stages=lambda k, tokens: {}),
+            ("vanilla", 0): None}
+    part = [*enumerate(questions)]
+    whole = answering.answer_batch(tiny, part, ways)
+    monkeypatch.setattr(tiny, "limit", once)
+    assert once < twice
+    rows = answering.answer_batch(tiny, part, ways)
+    assert [*rows] == [*ways]
+    assert timeless(rows["vanilla", 0]) == timeless(whole["vanilla", 0])
+    assert [x.get("too long") for x in rows["twice", "all"]] == [None, twice, None]
+    assert [x["answer"] for x in rows["twice", "all"]][::2] == [
+        x["answer"] for x in whole["twice", "all"]
+    ][::2]
+    units = [units for units, _ in answering.calibration_batches(tiny, questions, 2)]
+    assert sum(len(x.grid) for x in units) == 3                    # it is asked once there
+    monkeypatch.setattr(tiny, "limit", once - 1)
+    units = [units for units, _ in answering.calibration_batches(tiny, questions[1:], 1)]
+    assert len(units) == 1
+    only = answering.answer_batch(tiny, part[1:2], ways)
+    assert all(x["too long"] for (x,) in only.values())
+
+
+def test_k_counts_units_before_and_inside_the_language_model(vlm, family):
+    """Newlines, which some families have, come on top, and stay with their lines."""
+    rivals = {"fastv": (fastv, (1,), {}), "dart": (dart, (1,), {}), "pact": (pact, (2,), {}),
+              "pdrop": (pdrop, (1, 2), {"count": "last"}),
+              "sparsevlm": (sparsevlm, (1, 2), {"count": "last"}),
+              "plus": (sparsevlm, (1, 2), {"count": "last", "plus": True})}
+    questions = mixed(2)
+    asked = answering.ask(vlm, questions)
+    (units,) = set(asked.tokens())
+    shown = Shown.of(vlm, asked.batch, asked.units)
+    newlines = [int((unit < 0).sum()) for unit in shown.unit]
+    k = units // 2
+    ways = {("vanilla", 0): None, ("random", k): baselines.way("random", vlm)}
+    for name, (module, layers, how) in rivals.items():
+        way = Way(stages=partial(lambda k, tokens, module, layers, how: module.stages(
+            k, tokens, 3, layers, **how), module=module, layers=layers, how=how))
+        ways |= {(name, k): way, (name, 0.5): way}
+    answers = answering.answer_batch(vlm, [*enumerate(questions)], ways)
+    assert [x["kept"] for x in answers["vanilla", 0]] == [units, units]
+    for key, rows in answers.items():
+        for x, more in zip(rows, newlines):
+            if key[0] == "vanilla":
+                continue
+            assert x["kept"] == (wanted := k if key[1] == k else round(0.5 * units)), key
+            assert wanted <= x["seen"][1] <= wanted + more, key
+            assert not more or x["seen"][1] > wanted, key           # some line has a unit left
+
+
+def test_a_rule_inside_does_not_see_newlines(vlm, family):
+    """Only units, the text as it is, and what it writes goes to the units."""
+    questions = mixed(4)[:3]
+    asked = answering.ask(vlm, questions)
+    units = asked.tokens()
+    shown = Shown.of(vlm, asked.batch, asked.units)
+    seen = []
+
+    def rule(view):
+        seen.append(view)
+        assert view.valid.sum(1).tolist() == view.entered
+        assert [int(o[v].max()) + 1 for o, v in zip(view.origin, view.valid)] == view.entered
+        assert all(len(own) == n for own, n in zip(view.shown.unit, view.entered))
+        keep = [torch.tensor([0, n // 2, n - 1]) for n in view.entered]
+        return keep, {"embeds": [torch.full_like(x[:3], 7.) for x in view.states],
+                      "log_size": [x.new_tensor([1., 2., 3.]) for x in view.states],
+                      "origin": [o[index] for o, index in zip(view.origin, keep)]}
+
+    def look(view):
+        seen.append(view)
+        return [valid.nonzero().flatten() for valid in view.valid]
+
+    ways = {("three", 3): Way(stages=lambda k, tokens: {1: rule, 2: look})}
+    rows = answering.answer_batch(vlm, [*enumerate(questions)], ways)["three", 3]
+    assert not isinstance(rows, Impossible), rows
+    assert [x["kept"] for x in rows] == [3, 3, 3]
+    first, second = seen
+    assert first.entered == units
+    for b, n in enumerate(units):
+        # the rule counts in the order of the prompt, in which crops lie side by side
+        kept = shown.unit[b][shown.unit[b] >= 0][[0, n // 2, n - 1]]
+        lines = shown.line[b][torch.isin(shown.unit[b], kept)]
+        newlines = int(((shown.unit[b] < 0) & torch.isin(shown.line[b], lines)).sum())
+        assert rows[b]["seen"][1] == 3 + newlines
+        assert second.origin[b, second.valid[b]].tolist() == [0, n // 2, n - 1]
+        # what was written is at the units when layer 1 runs
+        assert (second.pad(second.before.embeds)[0][b] == 7).all()
+        assert second.pad(second.prompt.log_size)[0][b].tolist() == [1, 2, 3]
+        # the text behind the image begins behind the last newline
+        is_image = asked.batch["input_ids"][b] == vlm.image_id
+        behind = len(is_image) - 1 - int(is_image.nonzero().max())
+        assert first.behind[b].sum() == second.behind[b].sum() == behind
+
+
+def test_the_time_to_select_inside_is_counted_once(tiny):
+    questions = mixed(2)[:1]
+
+    def slow(view):
+        time.sleep(.3)
+        return [valid.nonzero().flatten()[:4] for valid in view.valid]
+    ways = {("slow", 4): Way(stages=lambda k, tokens: {1: slow, 2: slow})}
+    start = time.perf_counter()
+    (x,) = answering.answer_batch(tiny, [*enumerate(questions)], ways)["slow", 4]
+    whole = 1e3 * (time.perf_counter() - start)
+    assert x["ms"]["select"] >= 600 and 0 <= x["ms"]["prefill"] < 300
+    assert sum(x["ms"].values()) <= whole
 
 
 def test_flops_are_those_that_pytorch_counts():

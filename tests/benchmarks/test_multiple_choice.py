@@ -152,6 +152,23 @@ def test_ai2ds_letter_at_the_start_or_alone(answer, letter):
 @pytest.mark.parametrize(
     "answer, letter",
     [
+        ("B", "B"), ("C", "C"), ("C.", "C"), ("(D)", "D"), (" [A] ", "A"),
+        ("The answer is C.", "C"),
+        ("B. C is making dough", "B"), ("E: C's plan is C", "E"), ("A) C washes a cup.", "A"),
+        ("F. C is making dough", None), ("D, because C is in the kitchen", "D"),
+        ("C washes a cup", "B"), ("c kneads dough to bake.", "A"),         # the option's own text
+        ("C kneads", None), ("C's plan", None), ("The answer is D: C is outside", "D"),
+        ("C walks a dog and C washes a cup", None), ("", None),
+    ],
+)
+def test_egoschemas_letter_is_not_who_wears_the_camera(answer, letter):
+    options = ["C kneads dough to bake.", "C washes a cup.", "C walks a dog.", "C reads.", "C is C"]
+    assert egoschema.parse(answer, options) == letter
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
         ("C", "C"), ("the answer: C", "C"), ("Best answer: C", "C"), ("Best option:C", "C"),
         ("Because C", "B"), ("D. A book", "D"), ("E", None), ("", None), ("c", None),
         ("no letter in any of these more than ten small words", None),
@@ -572,10 +589,10 @@ FIVE = "\nA. u\nB. v\nC. w\nD. x\nE. y"
 @pytest.mark.parametrize(
     "module, split, row, folder, prompt, gold, limit",
     [
-        (nextqa, "MC/test", NEXT, "11", "why did he go" + FIVE, "E", 16),
+        (nextqa, "MC/test", NEXT, "11", "why did he go" + FIVE, "E", 32),
         (
             egoschema, "Subset/test", EGO, "e-1",
-            "What does C do?" + "".join(f"\n{x}. C does {x}." for x in "ABCDE"),
+            "What does C do?" + "".join(f"\n{x}. C does {x}." for x in "ABCDE") + LETTER,
             "B",
             16,
         ),
@@ -584,11 +601,14 @@ FIVE = "\nA. u\nB. v\nC. w\nD. x\nE. y"
             "Subset/test",
             EGO | {"option": list("uvwxy")},
             "e-1",
-            "What does C do?" + FIVE,
+            "What does C do?" + FIVE + LETTER,
             "B",
             16,
         ),
-        (longvideobench, "validation", LONG, "l", "When?\nA. u\nB. v\nC. w", "C", 32),
+        (
+            longvideobench, "validation", LONG, "l",
+            "When?\nA. u\nB. v\nC. w" + LETTER + "\n", "C", 32,
+        ),
     ],
 )
 def test_video_sets(tmp_path, module, split, row, folder, prompt, gold, limit):
@@ -600,7 +620,7 @@ def test_video_sets(tmp_path, module, split, row, folder, prompt, gold, limit):
     video(tmp_path / "frames" / folder, 15)
     (question,) = module.load(tmp_path)
     assert (
-        question.prompt == prompt + LETTER
+        question.prompt == prompt
         and question.limit == limit
         and question.gold["answer"] == gold
     )

@@ -1,7 +1,10 @@
 """The file as it is: rows appended, cut off by a kill, refused when they are of something else."""
 
+import gc
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from prediction_rows import HEADER, question, row
@@ -27,6 +30,23 @@ def test_half_rows_are_cut_off_and_nothing_else(tmp_path, capsys):
     assert predictions.read(tmp_path / "none.jsonl") == (None, [])
 
 
+def test_a_last_row_that_lacks_only_its_newline_is_a_row(tmp_path, capsys):
+    path, questions = tmp_path / "a.jsonl", [question(i) for i in range(3)]
+    Predictions(path, HEADER, questions).add([row(0), row(1)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    assert [x["id"] for x in predictions.read(path)[1]] == ["0", "1"]
+    assert path.read_bytes() == whole[:-1]                         # to read changes nothing
+    assert Predictions(path, HEADER, questions).done == {"0", "1"}
+    assert path.read_bytes() == whole and not capsys.readouterr().out
+    path.write_bytes(whole.split(b"\n")[0])                        # a header alone
+    Predictions(path, HEADER, questions).add([row(0), row(1)])
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + b"{}")                                # whole, but no row
+    Predictions(path, HEADER, questions)
+    assert path.read_bytes() == whole and "cut off" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("line", ["{}", "nonsense", "[1]", json.dumps({"id": "1"})])
 def test_a_broken_row_in_the_middle_is_named(tmp_path, line):
     path = tmp_path / "a.jsonl"
@@ -39,11 +59,68 @@ def test_a_broken_row_in_the_middle_is_named(tmp_path, line):
 def test_an_id_has_one_row_and_one_question(tmp_path):
     path = tmp_path / "a.jsonl"
     Predictions(path, HEADER, [question(0)]).add([row(0)])
-    shutil.copy(path, tmp_path / "a-00002-of-00002.jsonl")
+    other = tmp_path / "a-00002-of-00002.jsonl"
+    shutil.copy(path, other)
+    text = other.read_text()
+    other.write_text(text.replace('"answer": "a"', '"answer": "b"'))
     with pytest.raises(ValueError, match="'0' has a row in .*a-00002-of-00002.jsonl and another"):
         predictions.read(path)
     with pytest.raises(ValueError, match="ids 7 stand 2 times"):
         sample([question(7), question(8), question(7)], None)
+
+
+def test_rows_that_stand_twice_with_the_same_answer_are_one(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    Predictions(path, HEADER, [question(0), question(1)]).add([row(0), row(1)])
+    quicker = row(0, ms=dict.fromkeys(("vision", "select", "prefill", "decode"), 0.))
+    path.write_text(path.read_text() + json.dumps(quicker) + "\n")
+    shutil.copy(path, tmp_path / "a-00002-of-00002.jsonl")
+    assert predictions.read(path)[1] == [row(0), row(1)]           # the first of each
+    assert "left out: 4, such as that of '0'" in capsys.readouterr().out
+    assert Predictions(path, HEADER, [question(0), question(1)]).done == {"0", "1"}
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from benchmarks.predictions import Predictions
+file = Predictions(Path(sys.argv[1]), %r, [], int(sys.argv[2]), int(sys.argv[3]))
+print("begun", flush=True)
+time.sleep(60)
+""" % HEADER
+
+
+def writer(path, process=0, processes=1):
+    """Another evaluation, that has begun to write."""
+    command = [sys.executable, "-c", WRITER, str(path), str(process), str(processes)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "begun\n"
+    return other
+
+
+def test_two_evaluations_of_one_folder_are_refused_and_a_killed_one_is_not_in_the_way(tmp_path):
+    path = tmp_path / "pope/a.jsonl"
+    other = writer(path)
+    try:
+        for name in ("a.jsonl", "b.jsonl"):                        # not of one file: of the folder
+            with pytest.raises(RuntimeError, match="another evaluation is writing into .*pope: w"):
+                Predictions(path.with_name(name), HEADER, [question(0)])
+        with pytest.raises(RuntimeError, match="another evaluation"):      # however it is shared
+            Predictions(path, HEADER, [question(0)], 0, 2)
+        Predictions(tmp_path / "mme/a.jsonl", HEADER, [question(0)])       # another folder
+        second = Predictions(path, HEADER, [question(0)], 1, 2)
+    finally:
+        other.kill()
+        other.wait()
+    first = Predictions(path, HEADER, [question(0)], 0, 2)         # of one launch, side by side
+    for file in (first, second):
+        file.add([row(0)])
+    Predictions(path.with_name("b.jsonl"), HEADER, [question(0)]).add([row(0)])
+    del first, second, file
+    gc.collect()                                                   # the lock is given back
+    other = writer(path.with_name("c.jsonl"))
+    other.kill()
+    other.wait()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,17 @@
 """Tables of questions from local copies, samples of them, and the rehearsal on the tiny world."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as Picture
+from PIL import Image
 from prediction_rows import question
+from small_hub import ask_hub, serving
 
-from benchmarks import answering, tiny_world
+from benchmarks import answering, stored, tiny_world
 from benchmarks.questions import Question, picture, sample, table
 from common import FrozenVLM
 from tiny import benchmarks as copies
@@ -112,3 +119,152 @@ def test_the_tiny_vlm_of_the_rehearsal_reads_past_what_it_has_not_learnt(local, 
     assert [x["answer"] for x in rows] == [x["answer"] for x in plain] and tiny_world.score(rows)[
         "average"
     ] > 80
+
+
+# ------------------------------------------------------------------------------------ from the hub
+
+ASK = """
+from benchmarks.questions import few, picture, table
+def ask(word, hubs, config, split, columns=("id", "image"), n=None, at=13):
+    try:
+        with few(n):
+            data = table(hubs, None, config, split, columns)
+        places = [] if at is None else [at]
+        shown = [picture(data[i]["image"]).getpixel((0, 0))[0] for i in places]
+        print(word, len(data), data[13]["id"], shown, data[14].get("image", "none"))
+    except (OSError, ValueError) as error:
+        print(word, type(error).__name__, " ".join(str(error).split()))
+"""
+
+
+def noise(k: int, size: int) -> bytes:
+    """A picture that does not shrink, its first pixel k bright."""
+    pixels = np.random.default_rng(k).integers(0, 255, (size, size, 3), np.uint8)
+    pixels[0, 0] = k
+    Image.fromarray(pixels).save(file := io.BytesIO(), "png")
+    return file.getvalue()
+
+
+def put(folder, split: str, parts: int = 2, group: int = 2, size: int = 8, start: int = 0) -> None:
+    """A split of 10 rows a file, as `datasets` writes them; row 14 has no picture."""
+    for part in range(parts):
+        rows = [*range(start + 10 * part, start + 10 * part + 10)]
+        cells = [{"bytes": noise(k, size), "path": f"{k}.png"} if k - start != 14 else None
+                 for k in rows]
+        data = Dataset.from_dict({"id": rows, "image": cells}).cast_column("image", Picture())
+        folder.mkdir(parents=True, exist_ok=True)
+        data.to_parquet(folder / f"{split}-{part:05}-of-{parts:05}.parquet", batch_size=group)
+
+
+@pytest.fixture(scope="module")
+def small_hub(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("hub")) as server:
+        put(server.folder / "second/VQA/data", "train")
+        put(server.folder / "second/VQA/data", "validation")
+        for language, start in (("cn", 100), ("en", 0)):
+            put(server.folder / "second/Two" / language, "dev", start=start)
+        (server.folder / "second/Two/README.md").write_text("---\nconfigs:\n" + "".join(
+            f"- config_name: {name}\n  data_files:\n  - split: dev\n    path: {name}/dev-*\n"
+            for name in ("cn", "en")) + "---\n")
+        put(server.folder / "second/Large/data", "validation", group=1, size=200)
+        lines = [f'{{"id": {k}}}' for k in range(20)]
+        (server.folder / "second/Lines").mkdir()
+        (server.folder / "second/Lines/test.jsonl").write_text("\n".join(lines))
+        for name in ("First", "Other"):
+            put(server.folder / "gated" / name / "data", "validation")
+        server.gated = {"gated/First": 401, "gated/Other": 403}
+        yield server
+
+
+def test_only_the_asked_split_is_fetched_and_found_again_offline(small_hub, tmp_path):
+    """From the second id, for the first is not there; nothing is written a second time."""
+    code = ASK + """
+ask("vqa", ("first/VQA", "second/VQA"), None, "validation")
+ask("two", ("first/Two", "second/Two"), "en", "dev")
+ask("again", ("first/VQA", "second/VQA"), None, "validation")
+ask("gone", ("first/VQA", "second/VQA"), None, "test")
+"""
+    small_hub.fetched.clear()
+    said = ask_hub(small_hub, tmp_path, code)
+    assert said["vqa"] == said["two"] == said["again"] == "20 13 [13] None"
+    assert said["gone"].startswith("FileNotFoundError first/VQA is not to be had from the hub")
+    assert "second/VQA has no parquet files of the split 'test': it has " in said["gone"]
+    assert said["validation:"].startswith("2 of 2 files of second/VQA, 0.00 GiB, are fetched into")
+    assert said["en"].startswith("dev: 2 of 2 files of second/Two, 0.00 GiB, are fetched into")
+    names = [name for name, _ in small_hub.fetched if name.endswith(".parquet")]
+    assert sorted(names) == [f"{part}-{k:05}-of-00002.parquet"
+                             for part in ("data/validation", "en/dev") for k in range(2)]
+    assert not [*tmp_path.rglob("*.arrow")]
+
+    small_hub.fetched.clear()
+    code += """
+ask("cn", ("first/Two", "second/Two"), "cn", "dev")
+ask("train", ("first/VQA", "second/VQA"), None, "train")
+"""
+    alone = ask_hub(small_hub, tmp_path, code, offline=True)
+    assert alone["vqa"] == alone["two"] == "20 13 [13] None"
+    assert not [name for name, _ in small_hub.fetched if name.endswith(".parquet")]
+    for word in ("cn", "train", "gone"):               # another language is none of these
+        assert alone[word].startswith("FileNotFoundError first/")
+        assert "neither as first/" in alone[word] and "for HF_HUB_OFFLINE" in alone[word]
+    # a split of which a part is missing is not taken for the whole
+    (part,) = tmp_path.rglob("validation-00001-of-00002.parquet")
+    part.unlink()
+    alone = ask_hub(small_hub, tmp_path, code, offline=True)
+    assert alone["vqa"].startswith("FileNotFoundError") and alone["two"] == "20 13 [13] None"
+
+
+def test_of_a_small_sample_only_its_pictures_are_read(small_hub, tmp_path):
+    code = ASK + """
+ask("few", ("second/Large",), None, "validation", n=4)
+"""
+    small_hub.fetched.clear()
+    said = ask_hub(small_hub, tmp_path, code)
+    assert said["few"] == "20 13 [13] None"
+    assert "of 2 files of second/Large, 0.00 GiB, only the texts" in said["validation:"]
+    whole = sum(file.stat().st_size for file in small_hub.folder.glob("second/Large/data/*"))
+    assert 120_000 < sum(n for _, n in small_hub.fetched) < whole / 5    # one of 19 pictures
+    assert not [*tmp_path.rglob("validation-*")]
+    # of many questions nearly all row groups would be read: whole files, which are kept
+    small_hub.fetched.clear()
+    twice = code.replace("n=4", "n=5") + code.replace('"few"', '"then"')
+    said = ask_hub(small_hub, tmp_path, twice)
+    assert said["few"] == said["then"] == "20 13 [13] None"
+    assert "are fetched into" in said["validation:"]
+    whole_files = [n for name, n in small_hub.fetched if n > 10**6 and name.endswith(".parquet")]
+    assert sum(whole_files) == whole
+
+
+def test_other_layouts_and_gated_sets(small_hub, tmp_path):
+    said = ask_hub(small_hub, tmp_path, ASK + """
+ask("lines", ("second/Lines",), None, "test", ("id",), at=None)
+ask("first", ("gated/First", "second/VQA"), None, "validation")
+ask("other", ("gated/Other",), None, "validation")
+ask("lacks", ("second/VQA",), None, "validation", ("id", "hint"))
+""")
+    assert said["lines"] == "20 13 [] none"
+    for word, repo in (("first", "gated/First"), ("other", "gated/Other")):
+        assert said[word].startswith(
+            f"PermissionError {repo} is gated: accept its terms at https://huggingface.co/datasets/"
+            f"{repo}, then log in by `hf auth login`")
+    assert "no column 'hint' among id, image; expected the columns of second/VQA" in said["lacks"]
+
+
+def test_places_keep_lists_nulls_and_what_is_read_last_is_kept(tmp_path, monkeypatch):
+    cells = [[{"bytes": noise(10 * k + j, 8), "path": None} for j in range(k)] for k in range(6)]
+    cells[3] = None
+    data = Dataset.from_dict({"images": cells, "text": [*"abcdef"]})
+    data = data.cast_column("images", [Picture()])
+    data.to_parquet(tmp_path / "test.parquet", batch_size=2)
+    rows = table(("x/y",), tmp_path, None, "test", ("text", "images"))
+    assert rows["text"] == [*"abcdef"] and rows.column_names == ["text", "images"]
+    assert [cell and len(cell) for cell in rows["images"]] == [[], 1, 2, None, 4, 5]
+    monkeypatch.setattr(stored, "ROOM", 1)
+    stored.groups.clear()
+    for i in (5, 1, 4, 2):
+        assert [picture(x).getpixel((0, 0))[0] for x in rows[i]["images"]] == [
+            10 * i + j for j in range(i)]
+        assert [group for _, group, _ in stored.groups] == [i // 2]
+    (tmp_path / "test.parquet").write_bytes(b"no longer")
+    with pytest.raises(ValueError, match="test.parquet: cannot be read"):
+        picture(rows[5]["images"][0])

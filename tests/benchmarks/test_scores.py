@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from prediction_rows import HEADER, question, row
 
+import baselines
 import benchmarks
 from benchmarks import predictions, scores, tables
 from benchmarks.predictions import Predictions
@@ -86,6 +88,13 @@ def test_what_is_scored_together_is_drawn_together():
     assert len(a) == len(b) == 4 and math.isclose(a.mean() + b.mean(), summed(rows)["total"])
     draws = scores.bootstrap(SUM, rows, 0, 300)
     assert abs(draws.mean() - summed(rows)["total"]) < 15 and draws.max() <= 400
+    # without one of its questions the score is no sum of means: the pairs are drawn all the same
+    mme = benchmarks.load_module("mme")
+    for x in rows:
+        x["gold"]["category"] = {"a": "OCR", "b": "count"}[x["gold"]["category"]]
+    assert scores.group_scores(mme, rows) and scores.group_scores(mme, rows[1:]) is None
+    draws = scores.bootstrap(mme, rows[1:], 0, 300)
+    assert abs(draws.mean() - mme.score(rows[1:])["total"]) < 15 and draws.max() <= 400
     copied = {"gold": {"copies": 4, "index": 3_000_017}, "id": "x"}
     assert scores.group(copied) == ("", 17) and scores.group({"gold": "a", "id": "x"}) == ("", "x")
 
@@ -157,6 +166,113 @@ def test_averages_over_different_benchmarks_stand_not_side_by_side(tmp_path, cap
         "prefill_ms": 2,
         "decode_ms": 1,
     }
+
+
+def test_hard_questions_are_those_that_downsampling_gets_wrong(tmp_path, known):
+    """Worked by hand: answered whole and not downsampled are, of "one", 2 3 4 at K = 8 and 4 at
+    K = 16, and none of "two"."""
+    known({"one": SHARE, "two": SHARE})
+    for method, k, one, two in (
+        ("vanilla", 0, "aaaaab", "aabb"),
+        ("downsample", 8, "aabbba", "aabb"),
+        ("downsample", 16, "aaaaba", "aaaa"),
+        ("good", 8, "aaaabb", "bbbb"),
+        ("good", 16, "bbbbab", "aaaa"),
+        ("bad", 8, "aabbba", "aaaa"),
+        ("good", 4, "aaaaaa", "aaaa"),                             # nothing is downsampled to 4
+    ):
+        written(tmp_path, "one", method, k, one)
+        written(tmp_path, "two", method, k, two)
+    files, _ = scores.complete_files(tmp_path)
+    lines = scores.summarise(files, resamples=10)
+    hard = {(line["method"], line["K"]): tables.hard_of(line) for line in lines}
+    thirds = pytest.approx(200 / 3)
+    none = {"value": None, "n": 0}
+    assert hard == {
+        ("vanilla", 0): {}, ("downsample", 8): {}, ("downsample", 16): {}, ("good", 4): {},
+        ("good", 8): {"one": {"value": thirds, "n": 3}, "two": none},
+        ("good", 16): {"one": {"value": 100, "n": 1}, "two": none},
+        ("bad", 8): {"one": {"value": 0, "n": 3}, "two": none},
+    }
+    table = tables.headline(lines)
+    assert table.splitlines()[0] == (
+        "| method | K | kept | share | share | hard (n) | average retention | of benchmarks |"
+    )
+    cells = {tuple(row.split(" | ")[:2]): row.split(" | ")[5] for row in table.splitlines()[2:9]}
+    assert cells["| good", "8"] == "66.7 (3)" and cells["| good", "16"] == "100.0 (1)"
+    assert cells["| bad", "8"] == "0.0 (3)" and cells["| vanilla", "all"] == "-"
+    assert table.endswith(tables.HARD)
+    assert "| good | 8 | 66.7 (3) | - (0) |" in tables.hard_table(lines).splitlines()
+    assert tables.hard_table(lines) in tables.report(lines)
+    alone = scores.summarise({"one": files["one"]}, resamples=10)
+    head, _, first, *_ = tables.headline(alone).splitlines()
+    assert "| retention | hard (n) | select ms" in head and "| 100.0 | - |" in first
+    del files["one"]["downsample", 8], files["one"]["downsample", 16]
+    alone = scores.summarise({"one": files["one"]}, resamples=10)
+    assert "hard" not in json.dumps(alone) and "hard" not in tables.report(alone)
+    # of two methods at one K, who lacks a benchmark has no mean over all
+    few = [{"K": 8, "scores": {name: {"hard": {"value": 50., "n": 2}} for name in names}}
+           for names in ("ab", "a")]
+    assert [tables.mean_hard(line, few) for line in few] == ["50.0 (4)", "-"]
+    del few[0]
+    assert tables.mean_hard(few[0], few) == "50.0 (2)"
+
+
+def test_a_question_is_answered_with_half_of_its_points_and_with_all_its_copies():
+    points = {"a": 30.0, "b": 50.0, "c": 100.0}
+    soft = SimpleNamespace(MAIN="vqa", score=lambda rows: {"vqa": points[rows[0]["answer"]]})
+    rows = [row(i, answer) for i, answer in enumerate("abc")]
+    assert scores.answered(soft, rows) == {
+        ("", "0"): False, ("", "1"): True, ("", "2"): True,
+    }
+    mmbench = benchmarks.load_module("mmbench")
+
+    def copy(index, answer):
+        gold = {"answer": "A", "options": ["u", "v"], "index": index, "copies": 2}
+        return row(index, answer, gold)
+    rows = [copy(1, "A"), copy(1_000_001, "B"), copy(2, "A"), copy(1_000_002, "A")]
+    assert scores.answered(mmbench, rows) == {("", 1): False, ("", 2): True}
+    mme = benchmarks.load_module("mme")
+    rows = [row(i, answer, {"answer": "Yes", "category": "OCR", "pair": "1"})
+            for i, answer in enumerate(("yes", "no"))]
+    assert scores.answered(mme, rows) == {"0": True, "1": False}
+
+
+def test_what_was_not_read_or_paired_or_asked_stands_in_the_printed_table(tmp_path):
+    """MME: one unread of K = 8, in both files a picture with one question and a question that was
+    too long, which costs nothing and is wrong."""
+    for method, k, answers in (("vanilla", 0, ["yes", "no", ""]), ("random", 8, ["hm", "no", ""])):
+        rows = [row(i, answer, {"answer": "Yes", "category": "OCR", "pair": i // 2})
+                for i, answer in enumerate(answers)]
+        rows[2] |= {"too long": 5000, "kept": 0, "seen": [0, 0, 0.], "flops": 0,
+                    "ms": dict.fromkeys(rows[2]["ms"], 0.)}
+        about = HEADER | {"benchmark": "mme", "method": method, "budget": k}
+        asked = [question(i, gold=x["gold"]) for i, x in enumerate(rows)]
+        path = tmp_path / "mme" / f"{predictions.file_name(method, k)}.jsonl"
+        Predictions(path, about, asked).add(rows)
+    lines = scores.summarise(scores.complete_files(tmp_path)[0], resamples=5)
+    assert [line["scores"]["mme"]["too_long"] for line in lines] == [1, 1]
+    assert all(line["cost"]["kept"] == 8 and line["cost"]["select_ms"] == 1 for line in lines)
+    said = tables.headline(lines)
+    for text in ("MME: 1 to 2 answers could not be read, most of random, K = 8; of 3 answers",
+                 "MME: 1 pictures lack one of their two questions; of 3 answers",
+                 "MME: 1 questions are longer than the model has positions for"):
+        assert text in said and text in tables.opening(lines)
+    assert "copies" not in said and "units" not in said
+    counted = tables.counted_table(lines).splitlines()
+    assert counted[2:] == ["| vanilla | all | 1 | 1 | 1 |", "| random | 8 | 2 | 1 | 1 |"]
+    assert tables.counted_table(lines) in tables.report(lines)
+
+
+def test_where_newlines_come_on_top_the_table_says_what_k_counts(known):
+    known({"one": SimpleNamespace(NAME="One", MAIN="average")})
+    line = line_of("vanilla", 0, 100.0)
+    line["cost"]["entering"] = 8.0
+    assert "units" not in tables.headline([line])
+    line["cost"]["entering"] = 10.0
+    assert "K and kept count units of the picture in every row; tokens that end a line, 25.0 %" in (
+        tables.headline([line])
+    )
 
 
 def line_of(method, k, retention, layers=8.0, parts=(50.0, 70.0), value=60.0):
@@ -364,6 +480,37 @@ def test_printed_figures_stand_beside_ours_with_their_flags():
         [{"method": "fastv", "K": 0.333}, {"method": "fastv", "K": 0.3}], "Qwen2.5-VL-7B"
     )
     assert {x["K"] for x in share} == {0.333}
+
+
+def test_every_method_of_ours_with_printed_rows_shows_them():
+    """Beside made-up answers of each method at each K, every row whose budget we can have."""
+    data = scores.published()
+    ours = {*baselines.names(), "vanilla", "autoselect", "stepprune", "recon"}
+    shown = set()
+    for part in data["tables"]:
+        for backbone in part["backbones"]:
+            names = {name: {"value": 50.0, "interval": [49, 51], "retention": 95.0}
+                     for x in part["rows"] for name in x["scores"] if name in benchmarks.names()}
+            budgets = {x["budget"] or 0 for x in part["rows"]}
+            lines = [{"method": name, "K": k, "scores": names, "average": 95.0,
+                      "benchmarks": len(names)} for name in sorted(ours) for k in budgets]
+            table = tables.intervals_table(lines, scores.printed(lines, backbone)).splitlines()
+            for x in part["rows"]:
+                name = re.sub(r"\W.*", "", x["method"].lower())
+                if name in ours or "Ours" in x["method"]:
+                    assert x["ours"] in ours, x["method"]
+                if x["ours"] is None or isinstance(x["budget"], str):
+                    continue
+                k = tables.budget(x["budget"] or 0)
+                own = f"| {x['ours']} | {k} |"
+                below = table[[i for i, row in enumerate(table) if row.startswith(own)][0] + 1:]
+                below = below[:len(data["tables"])]
+                row = f"| *printed: {x['method']}, {part['source']}* | {k} |"
+                assert any(line.startswith(row) for line in below), (own, row)
+                shown.add(x["ours"])
+    assert shown == {"vanilla", "autoselect", "stepprune", "recon", "fastv", "sparsevlm", "dart",
+                     "pdrop", "pact", "divprune", "visionzip", "holov", "hiprune", "hired",
+                     "prunesid", "tome"}
 
 
 def test_flags_are_of_columns_that_are_printed_and_fit_them():

@@ -251,6 +251,19 @@ def test_mme_adds_accuracy_and_pairs_of_every_category():
     ]
 
 
+def test_one_answer_is_right_or_not_where_scores_are_of_many():
+    there, absent, unread = mme_rows("count", (("Yes", "Yes"), ("yes", "No")), (("a", "Yes"),))
+    assert [mme.right(row) for row in (there, absent, unread)] == [True, False, False]
+
+    def asked(answer, gold):
+        return {"id": "1", "answer": answer, "gold": {"answer": gold, "category": "random"}}
+    assert pope.right(asked("No.", "no")) and pope.right(asked("Yes", "yes"))
+    assert not pope.right(asked("No", "yes")) and not pope.right(asked("maybe", "no"))
+    assert pope.right(asked("", "yes")) and not pope.right(asked("", "no"))
+    for gold in ("yes", "no"):                                     # never asked: wrong either way
+        assert not pope.right(asked("", gold) | {"too long": 5000})
+
+
 def test_mme_refuses_what_it_cannot_pair():
     with pytest.raises(ValueError, match="'juggling': expected one of existence"):
         mme.score(mme_rows("juggling", (("yes", "Yes"),)))
@@ -441,7 +454,8 @@ LAYOUT = {
         "test",
         {
             "question_id": ["OCR/0.jpg"] * 2,
-            "question": ["Is it 1? Please answer yes or no."] * 2,
+            # as seven of the official rows, the second has one space more
+            "question": [f"Is it 1?{space} Please answer yes or no." for space in ("", " ")],
             "answer": ["Yes", "No"],
             "category": ["OCR"] * 2,
         },

@@ -16,8 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Features
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
+from small_hub import ask_hub, serving
 from torch.utils.data import DataLoader
 
 from data import parquet, sources
@@ -677,14 +678,30 @@ def test_offline_is_one_clear_error(tmp_path):
     )
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_set_says_so_and_no_other_id_stands_in(tmp_path, status):
+    """As the hub refuses it: without a login by 401, by 403 where the terms are not accepted."""
+    with serving(tmp_path / "hub") as server:
+        for repo in ("detection-datasets/coco", "lmms-lab-encoder/DocVQA", "lmms-lab/DocVQA"):
+            captioned(server.folder / repo)
+        server.gated = {"detection-datasets/coco": status, "lmms-lab-encoder/DocVQA": status}
+        said = ask_hub(server, tmp_path, """
+from data.sources import open_source
+for name in ("coco", "docvqa", "chartqa"):
+    try: open_source(name, stream=True)
+    except OSError as error: print(name, type(error).__name__, error)
+""")
+    for name, repo in (("coco", "detection-datasets/coco"), ("docvqa", "lmms-lab-encoder/DocVQA")):
+        assert said[name].startswith(
+            f"PermissionError {repo} is gated: accept its terms at https://huggingface.co/datasets/"
+            f"{repo}, then log in by `hf auth login`")
+    assert said["chartqa"].startswith(
+        "FileNotFoundError chartqa is not to be had from the hub (HuggingFaceM4/ChartQA: ")
+
+
 @pytest.mark.parametrize(
     "kind, error, match",
     [
-        (
-            GatedRepoError,
-            PermissionError,
-            "is gated: accept its terms at https://huggingface.co/datasets/lmms-lab-encoder",
-        ),
         (
             ConnectionError,
             FileNotFoundError,

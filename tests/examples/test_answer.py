@@ -132,7 +132,7 @@ def test_every_family_and_method_answers_as_generate_does(vlm, path, family, tmp
 def test_what_merges_reads_the_question_or_selects_inside_answers_too(photo, tmp_path):
     """Merged tokens stay in the cache from turn to turn, a reader chooses anew, and inside the
     language model each question is asked by itself."""
-    names = ["tome", "cdpruner", "fastv"]
+    names = ["tome", "cdpruner_words", "fastv"]
     lines = answer.main(command(photo, tmp_path, "--model", "tiny/llava", "--methods", *names,
                                 "--budgets", "24", "--dtype", "float32", "--question", *TURNS))
     vlm = FrozenVLM.from_pretrained("tiny/llava", torch.float32)
@@ -143,12 +143,13 @@ def test_what_merges_reads_the_question_or_selects_inside_answers_too(photo, tmp
     units = encode(vlm, pixels, needs)
     picture = answering.QuestionBatch(vlm, units, [0], ["photo"], pixels)
     keep, feats = ways["tome"].select(picture, 24)
-    expected = {"tome": [], "cdpruner": [], "fastv": []}
-    dialogues = {"tome": [], "cdpruner": []}
+    expected = {"tome": [], "cdpruner_words": [], "fastv": []}
+    dialogues = {"tome": [], "cdpruner_words": []}
     for question in TURNS:
         alone = vlm.batch([image], [[(question, None)]])
         picture.question = vlm.question(alone)
-        prompts = {"tome": (keep, feats), "cdpruner": (ways["cdpruner"].select(picture, 24), None)}
+        by_words = ways["cdpruner_words"].select(picture, 24)
+        prompts = {"tome": (keep, feats), "cdpruner_words": (by_words, None)}
         for name, (kept, own) in prompts.items():
             batch = vlm.batch([image], [[*dialogues[name], (question, None)]])
             text = vlm.generate(vlm.prune(batch, units, kept, own), 64)[0]
