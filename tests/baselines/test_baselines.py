@@ -52,12 +52,16 @@ def units_for(name, vlm, batch, family) -> Units:
 
 def choose(name, vlm, batch, units, k, **how):
     """keep and feats, which are the units' own for a method that merges nothing."""
-    if name == "cdpruner":
-        how |= dict(question=vlm.question(batch))
+    options = {} if name.startswith("cdpruner") else OPTIONS[name]
+    if name.startswith("cdpruner"):
+        words, valid = vlm.question(batch)
+        patches = units.feats.flatten(1)[:, :8]  # in place of CLIP's own embeddings
+        how |= ({"question": (words, valid)} if name == "cdpruner_words"
+                else {"clip": (patches, words[..., :8], valid)})
     if name == "tome":
         how |= dict(tower=lambda rule: tome.merged(vlm, batch, rule),
                     blocks=deepest(vlm.adapter) + 1)
-    found = METHODS[name].select(units, k, **how, **OPTIONS[name])
+    found = METHODS[name].select(units, k, **how, **options)
     assert isinstance(found, tuple) == (name in MERGING)
     if isinstance(found, tuple):
         return found
@@ -213,7 +217,7 @@ def made(n=6, grid=None, feats=None, **shown):
 
 @pytest.mark.parametrize("at", [0, 8, 19, 35])
 @pytest.mark.parametrize("name", sorted(
-    {*METHODS} - {"random", "divprune", "cdpruner", "tome"}))
+    {*METHODS} - {"random", "divprune", "cdpruner", "cdpruner_words", "tome"}))
 def test_a_planted_salient_token_is_kept(name, at):
     generator = torch.Generator().manual_seed(at)
     feats = torch.randn(36, 8, generator=generator)
@@ -293,7 +297,7 @@ def test_divprune_by_hand():
     angle = torch.tensor([0., 12, 95, 100, 185, 278]).deg2rad()
     x = torch.stack([angle.cos(), angle.sin()], 1)
     # 185 is 85 degrees from its nearest, more than any; 0 is furthest from it; 95 is 90 from both
-    assert divprune.farthest(divprune.distances(x), 3).tolist() == [4, 0, 2]
+    assert divprune.farthest(*divprune.distances([x]), 3).tolist() == [[4, 0, 2]]
     assert kept(divprune.select, made(projected=x), 3) == [0, 2, 4]
 
 
@@ -301,13 +305,13 @@ def test_divprune_chooses_as_the_naive_loop():
     """Every step anew takes the minimum over all that are chosen."""
     for seed in range(5):
         x = torch.randn(200, 24, generator=torch.Generator().manual_seed(seed))
-        apart = divprune.distances(x)
-        chosen = [divprune.loneliest(apart)]
+        apart = 1 - F.normalize(x, dim=1) @ F.normalize(x, dim=1).T
+        chosen = [int(apart.fill_diagonal_(torch.inf).amin(0).argmax())]
         while len(chosen) < 40:
             gap = apart[chosen].amin(0)
             gap[chosen] = -torch.inf
             chosen.append(int(gap.argmax()))
-        assert divprune.farthest(divprune.distances(x), 40).tolist() == chosen
+        assert divprune.farthest(*divprune.distances([x]), 40).tolist() == [chosen]
 
 
 def test_divprune_as_released_chooses_near_equal_tokens_again():
@@ -404,12 +408,14 @@ def released(module, vlm, batch, k):
 
 
 def test_cdpruner_by_hand():
-    x, r = torch.eye(6)[[0, 0, 1, 1, 2, 2]], torch.tensor([1., .9, .8, .7, .6, .5])
-    assert cdpruner.spread(x, r, 3).tolist() == [0, 2, 4]  # diverse first ...
-    assert cdpruner.spread(x, torch.tensor([1., .9, .1, .1, .1, .1]), 2).tolist() == [0, 2]
+    def spread(x, relevance, k):
+        return cdpruner.spread(cdpruner.kernel([x], [torch.tensor(relevance)]), k)[0].tolist()
+    x = torch.eye(6)[[0, 0, 1, 1, 2, 2]]
+    assert spread(x, [1., .9, .8, .7, .6, .5], 3) == [0, 2, 4]  # diverse first ...
+    assert spread(x, [1., .9, .1, .1, .1, .1], 2) == [0, 2]
     near = F.normalize(torch.tensor([[1., 0], [.6, .8], [0, 1], [0, 1], [0, 1], [0, 1]]), dim=1)
     # ... but relevance counts: what 0 leaves of 1 is .9^2 * .64, of 2 it is .5^2
-    assert cdpruner.spread(near, torch.tensor([1., .9, .5, .5, .5, .5]), 2).tolist() == [0, 1]
+    assert spread(near, [1., .9, .5, .5, .5, .5], 2) == [0, 1]
     question = torch.tensor([[[2., 1, 0, 0, 0, 0], [9.] * 6]]), torch.tensor([[True, False]])
     units = made(projected=x)
     assert kept(cdpruner.select, units, 1, question=question) == [0]
@@ -626,17 +632,18 @@ def answer_all(vlm, ways, n) -> dict:
 
 def test_every_file_with_names_is_a_baseline():
     known = baselines.names()
-    assert len(known) == len({*known}) == 22
+    assert len(known) == len({*known}) == 23
     assert [n for n in known if n.startswith(("pdrop", "prumerge"))] == [
         "pdrop", "pdrop_last", "prumerge", "prumerge+"]
     assert not {"inside", "encoder"} & {*known}
-    with pytest.raises(ValueError, match="baseline 'fast': expected one of cdpruner, cls_att"):
+    with pytest.raises(ValueError, match="baseline 'fast': expected one of cdpruner, cdpruner_wo"):
         baselines.way("fast", None)
 
 
 def test_every_method_answers_as_the_unpruned_model_when_it_keeps_all():
     vlm = FrozenVLM.from_pretrained("tiny/llava", torch.float32)
-    ways = {(name, 144): baselines.way(name, vlm) for name in [*METHODS, "evidence"]}
+    names = [name for name in [*METHODS, "evidence"] if name != "cdpruner"]  # it has no text tower
+    ways = {(name, 144): baselines.way(name, vlm) for name in names}
     answers = answer_all(vlm, {("vanilla", 0): None} | ways, 6)
     for key in ways:
         assert [row["answer"] for row in answers[key]] == [
@@ -647,6 +654,7 @@ def test_every_method_answers_as_the_unpruned_model_when_it_keeps_all():
 def test_methods_that_cannot_serve_say_why():
     vlm = FrozenVLM.from_pretrained("tiny/qwen2_5_vl", torch.float32)
     reasons = {"cls_attention": "this vision encoder has no .CLS. token",
+               "cdpruner": "the vision encoder is a 'qwen2_5_vl_vision', to whose pictures",
                "tome": "tome merges inside the vision encoder, but a visual token is made of"}
     for name in baselines.names():
         if name in reasons:
@@ -654,7 +662,7 @@ def test_methods_that_cannot_serve_say_why():
                 baselines.way(name, vlm)
         else:
             assert isinstance(baselines.way(name, vlm), Way)
-    assert {*reasons} == {*UNSERVED}
+    assert {*reasons} == {*UNSERVED, "cdpruner"}
 
 
 def test_evidence_keeps_what_covers_the_asked_things_most():

@@ -444,7 +444,7 @@ def test_dbdpc_by_hand():
     for k in range(1, 7):
         assert len(pact.cluster(distance, k)[0].unique()) == k
     x, score = torch.arange(12.).view(6, 2).double(), torch.tensor([5., 4, 3, 2, 1, 0])
-    kept, means, sizes = pact.merge(x, keys, score, 2, share=.5)  # survivors 0, 1, 2
+    kept, means, sizes = pact.merge([x], [keys], [score], 2, share=.5)[0]  # survivors 0, 1, 2
     assert len(kept) == 2 and set(kept.tolist()) < {0, 1, 2} and sizes.tolist() in ([1, 2], [2, 1])
     merged = int(sizes.argmax())
     assert means[1 - merged].equal(x[kept[1 - merged]])
@@ -457,11 +457,12 @@ def test_pruned_tokens_join_within_one_and_a_half_cutoffs():
     x = torch.tensor([[0.], [1], [2], [3]]).double()
     cutoff = 1 - float(torch.tensor(15.).deg2rad().cos())  # 1.5 of it is 18.4 degrees
     score = torch.tensor([9., 8, 1, 1])
-    kept, means, sizes = pact.merge(x, keys, score, None, share=.5, cutoff=cutoff)
+    kept, means, sizes = pact.merge([x], [keys], [score], None, share=.5, cutoff=cutoff)[0]
     assert kept.tolist() == [0] and sizes.tolist() == [3] and means.tolist() == [[1.]]
     same = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).expand(6, 64)
     # rounding loses none
-    assert pact.merge(torch.ones(6, 1), same, torch.arange(6.), 2, share=1.)[2].sum() == 6
+    whole = pact.merge([torch.ones(6, 1)], [same], [torch.arange(6.)], 2, share=1.)[0]
+    assert whole[2].sum() == 6
 
 
 def test_density_order_in_rounds_is_one_by_one():
