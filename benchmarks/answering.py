@@ -50,6 +50,7 @@ class QuestionBatch:
     owner     for every row the number of its picture, 0 .. B - 1
     names     for every row a hash of its picture: the same for the same picture, in any batch
     question  embeddings (rows, L, D) and valid (rows, L); None where rows are pictures
+    texts     what is asked in every row; None where rows are pictures
     evidence  for every row (n,) share of each unit that shows the answer; None where it is unknown
     pixels    the batch of B pictures that the vision encoder took; None for some rows of a batch
     pictures  the same with a row for each of the B pictures; None where rows are pictures
@@ -65,6 +66,7 @@ class QuestionBatch:
     evidence: list[Tensor | None] | None = None
     pictures: "QuestionBatch | None" = None
     inputs: dict | None = None
+    texts: list[str] | None = None
 
     @property
     def batch(self):
@@ -78,8 +80,10 @@ class QuestionBatch:
         question = None if self.question is None else tuple(x[rows] for x in self.question)
         evidence = None if self.evidence is None else [self.evidence[row] for row in rows]
         pictures = None if self.pictures is None else self.pictures.only(list(first))
+        texts = None if self.texts is None else [self.texts[row] for row in rows]
         return QuestionBatch(self.vlm, self.units.rows(rows), [first[owner] for owner in owners],
-                             [self.names[row] for row in rows], None, question, evidence, pictures)
+                             [self.names[row] for row in rows], None, question, evidence, pictures,
+                             None, texts)
 
     def tokens(self) -> list[int]:
         """How many units of each row have a token."""
@@ -149,7 +153,8 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
         units = encode(vlm, pixels, needs)
     pictures = QuestionBatch(vlm, units, list(range(len(names))), names, pixels)
     asked = QuestionBatch(vlm, units.rows(owner), owner, hashes, pixels,
-                          vlm.question(inputs[orders[0]]), None, pictures, inputs)
+                          vlm.question(inputs[orders[0]]), None, pictures, inputs,
+                          [question.prompt for question in questions])
     asked.evidence = [evidence_of(question, asked.units, row)
                       for row, question in enumerate(questions)]
     return asked

@@ -153,7 +153,7 @@ def ask(config: AnswerConfig, vlm: FrozenVLM, answerer: Answerer, images: list,
     begins = way.stages is None and (answerer.chat is None or way.reads_question)
     if begins or way.stages:
         answerer.asked = replace(picture, question=vlm.question(batch), evidence=[None],
-                                 pictures=picture)
+                                 pictures=picture, texts=[question])
     if begins:
         begin_chat(vlm, answerer, images, clock)
     kept = f", {len(answerer.keep)} of {tokens}" if begins and answerer.keep is not None else ""

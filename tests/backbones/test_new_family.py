@@ -104,6 +104,8 @@ def test_rivals_serve_the_new_family_or_say_why_not(siglip, written_down):
         units = encode(vlm, batch, way.needs)
         assert {*units.readings} == {*way.needs}
     assert refused == {
+        "cdpruner": "the vision encoder is a 'siglip_vision_model', to whose pictures there is no "
+                    "text tower: expected CLIP's; cdpruner_words does without",
         "cls_attention": "this vision encoder has no [CLS] token, whose attention is all that "
                          "cls_attention goes by",
         "tome": "tome merges inside the vision encoder, but SiglipLlavaAdapter is not of LLaVA's "

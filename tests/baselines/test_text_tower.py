@@ -20,7 +20,9 @@ from transformers import (
 import baselines
 from baselines import cdpruner, text_tower
 from baselines.encoder import encode
+from benchmarks import answering
 from benchmarks.answering import QuestionBatch
+from benchmarks.questions import Question
 from common import FrozenVLM
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,3 +154,16 @@ def test_a_units_patches_are_averaged(vlm, folders):
     feats = torch.randn(3, 4, vlm.width)
     alone = torch.stack([tower.patches(feats[:, i]) for i in range(4)]).mean(0)
     torch.testing.assert_close(tower.patches(feats), alone)
+
+
+def test_questions_reach_the_tower_as_they_are_asked(vlm, folders, monkeypatch):
+    """Through what evaluation runs, for two budgets of one picture."""
+    heard, read = [], text_tower.TextTower.read
+    monkeypatch.setattr(text_tower.TextTower, "read",
+                        lambda self, texts: heard.append(texts) or read(self, texts))
+    image = Image.effect_noise((24, 24), 90).convert("RGB")
+    part = [(i, Question(str(i), lambda: [image], text, "yes", 4)) for i, text in enumerate(TURNS)]
+    way = cdpruner.way(vlm, tower=folders[1])
+    rows = answering.answer_batch(vlm, part, {("cdpruner", k): way for k in (5, 9)})
+    assert heard == [TURNS, TURNS]
+    assert [[row["kept"] for row in rows["cdpruner", k]] for k in (5, 9)] == [[5, 5], [9, 9]]

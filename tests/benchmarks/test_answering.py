@@ -119,6 +119,9 @@ def test_a_picture_is_encoded_once_for_all_its_questions(tiny):
     assert [asked.names[q] for q in range(9)] == [pictures.names[b] for b in asked.owner]
     assert list(asked.inputs) == [False] and len(asked.batch["input_ids"]) == 9
     assert pictures.question is None and len(asked.question[0]) == 9
+    prompts = [question.prompt for question in tiny_world.load(n=12)[:9]]
+    assert asked.texts == prompts and pictures.texts is None
+    assert asked.only([7, 2]).texts == [prompts[7], prompts[2]]
 
 
 def test_random_tokens_depend_on_picture_and_seed(tiny):
