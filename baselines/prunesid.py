@@ -8,8 +8,11 @@ at 576 tokens). 3. K is shared out by numbers of survivors. Crop by crop. Withou
 features, and the loading in place of the attention.
 
 Released code: (1) a randomised decomposition without a seed; here it is exact. (2) [CLS] is one of
-the K tokens that the language model reads; then come the groups, not sorted. as_released gives
-both, seeded, as feats.
+the K tokens that the language model reads: components, threshold (K / 32 whatever N is) and bounds
+go by K, K - 1 are shared out; the groups come one behind another, not sorted. (3) Its code for
+Qwen, without [CLS], keeps at least 16, or all of fewer; its 18 K / N is at least 1, and its mean
+cosine is over all N^2 entries of a triangle, zeros included, about half of what is meant.
+as_released gives all of it, seeded; with [CLS] as feats, without in ascending order.
 """
 
 import torch
@@ -28,36 +31,40 @@ def needs(vlm) -> dict:
 
 
 def select(units, keep: int, *, seed: int = 0, as_released: bool = False):
-    """B ascending int64 tensors of exactly `keep` unit indices; as_released those and feats, [CLS]
-    first, for which the encoder must have [CLS]."""
+    """B ascending int64 tensors of exactly `keep` unit indices; as_released, where the encoder has
+    [CLS], those and feats, [CLS] first, and where it has none at least 16 a view."""
     views, budgets = by_view(units, keep)
+    seed = seed if as_released else None
     if "attention" not in units.readings:
-        if as_released:
-            raise ValueError("the released code of prunesid feeds [CLS] to the language model: "
-                             "this encoder has none")
-        return units.together([here[choose(x, k, None)].sort().values
+        return units.together([here[choose(x, k, None, seed)].sort().values
                                for here, k, x in pictures(views, budgets, "projected")])
     rows = list(pictures(views, budgets, "feats", "attention"))
     if not as_released:
         return units.together([here[choose(x, k, attention)].sort().values
                                for here, k, x, attention in rows])
-    picks = [choose(x, k - 1, attention, seed) if k else None for _, k, x, attention in rows]
+    picks = [choose(x, k, attention, seed) if k else None for _, k, x, attention in rows]
     own_type = pictures(views, budgets, "feats", exact=True)
     return with_cls(units, views, [None if index is None else (here, here[index], x[index])
                                    for index, (here, _, x) in zip(picks, own_type)])
 
 
 def choose(x: Tensor, k: int, attention: Tensor | None, seed: int | None = None) -> Tensor:
-    """(k,) group by group, from x (n, ...) and attention (n,), None to go by the loading."""
+    """(k,) group by group, from x (n, ...) and attention (n,), None to go by the loading.
+
+    seed: as released, which is (k - 1,) beside [CLS], or without attention at least 16, see above.
+    """
     n = len(x)
+    as_released, has_cls = seed is not None, attention is not None
+    if k and as_released and not has_cls:
+        k = min(max(k, 16), n)
+    wanted = k - (as_released and has_cls)
+    if wanted in (0, n):
+        return torch.arange(wanted, device=x.device)
     cosine = unit_length(x) @ unit_length(x).T
-    if k in (0, n):
-        return torch.arange(k, device=x.device)
     directions = min(max(k // 4, 1), n)
     loading, group = components(x.flatten(1), directions, seed).abs().max(1)
-    order = top(loading if attention is None else attention, n).cpu()
-    mean = (cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1))
-    is_like = cosine > 18 * k / n * mean
+    order = top(attention if has_cls else loading, n).cpu()
+    is_like = cosine > threshold(cosine, k, has_cls, as_released)
     suppresses = (is_like & (group[:, None] == group)).cpu().numpy()
     group = group.cpu()
     alive = torch.ones(n, dtype=torch.bool).numpy()
@@ -69,9 +76,18 @@ def choose(x: Tensor, k: int, attention: Tensor | None, seed: int | None = None)
     order = torch.cat([order[alive[order]], order[~alive[order]]])     # survivors come first
     names, size = group.unique(return_counts=True)
     survivors = torch.stack([(group[alive] == name).sum() for name in names])
-    share = allot(k, size, survivors)
+    share = allot(k, size, survivors, wanted)
     best = [order[group[order] == name][:count] for name, count in zip(names, share)]
     return torch.cat(best).to(x.device)
+
+
+def threshold(cosine: Tensor, k: int, has_cls: bool = True, as_released: bool = False) -> Tensor:
+    """The cosine (n, n) above which a token suppresses another."""
+    n = len(cosine)
+    mean = (cosine.sum() - cosine.diagonal().sum()) / (n * (n - 1))
+    if not as_released:
+        return 18 * k / n * mean
+    return k / 32 * mean if has_cls else max(18 * k / n, 1) * cosine.triu().mean()
 
 
 def components(x: Tensor, q: int, seed: int | None) -> Tensor:
@@ -86,15 +102,16 @@ def components(x: Tensor, q: int, seed: int | None) -> Tensor:
         return torch.pca_lowrank(y, q=min(q, *y.shape))[2]
 
 
-def allot(k: int, size: Tensor, survivors: Tensor) -> Tensor:
-    """(G,) int64 that sum to k: at least one a group, at most 5 for each 64 of k, but more where it
-    takes more."""
+def allot(k: int, size: Tensor, survivors: Tensor, wanted: int | None = None) -> Tensor:
+    """(G,) int64 that sum to `wanted`, by default k: at least one a group, at most 5 for each 64 of
+    k, but more where k takes more."""
+    wanted = k if wanted is None else wanted
     most = torch.minimum(torch.minimum(size, survivors), torch.tensor(5 * -(-k // 64)))
     while most.sum() < k:
         most = torch.minimum(most + 1, size)
-    ends = (survivors.cumsum(0) * (k - len(size)) / survivors.sum()).round().long()
+    ends = ((survivors / survivors.sum()).cumsum(0) * (wanted - len(size))).round().long()
     steps = ends.diff(prepend=torch.zeros(1, dtype=torch.int64))
     share = torch.minimum(1 + steps, most)
     for g in top(survivors, len(size)).tolist():
-        share[g] += min(k - int(share.sum()), int(most[g] - share[g]))
+        share[g] += min(wanted - int(share.sum()), int(most[g] - share[g]))
     return share

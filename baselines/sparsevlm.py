@@ -10,8 +10,9 @@ plus: nothing is recycled; each weight is divided by what RoPE alone makes of a 
 against itself; and only the 14 of 32 heads in which the raters look at the image most are averaged.
 
 Budget: the mean over layers of the tokens that enter a layer is K, or less than one below it;
-recycled ones count. The stages keep the proportions of the released table's nearest row, scaled to
-N and K [ours]. count="last": K after all.
+recycled ones count. count="last": K after the last stage. Released are four rows of numbers, for
+576 tokens. Between them the stages run on straight lines, above and below them to all and to none,
+scaled to N [ours]: each row is met at its own last number, and fewer tokens never cost more.
 Paper and released code: the paper adapts the number to the rank of the attention, the code has the
 fixed table, whose averages count what LEAVES a layer: by what enters, 192 / 128 / 64 are 206.5 /
 145.4 / 82.3. It appends recycled tokens behind the others and numbers positions anew (as_released,
@@ -21,6 +22,7 @@ equals the first wins.
 
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,15 +45,14 @@ def schedule(keep: int, tokens: int, depth: int = 32, layers: tuple = LAYERS,
              count: str = "average", plus: bool = False) -> list[int]:
     """Visual tokens after every stage, recycled ones included. Raises ValueError for a mean that
     cannot be had."""
-    table = PLUS if plus else TABLE
-    shape = table[min(table, key=lambda k: abs(k - keep * 576 / tokens))]
-    shape = [shape[round(i * 2 / max(len(layers) - 1, 1))] for i in range(len(layers))]
+    n = len(layers)
+    rows = np.array([[0] * n, *released(n, plus), [576] * n]) * tokens / 576
 
-    def scaled(factor: float) -> list[int]:
-        return [max(1, min(tokens, int(factor * x + 1e-9))) for x in shape]
+    def where_last_is(last: float) -> list[int]:
+        return [max(1, int(np.interp(last, rows[:, -1], stage) + 1e-9)) for stage in rows.T]
     if count == "last":
-        return [*scaled(keep / shape[-1])[:-1], keep]
-    least = mean_over_layers(scaled(0), tokens, depth, layers)
+        return [*where_last_is(keep)[:-1], keep]
+    least = mean_over_layers(where_last_is(0), tokens, depth, layers)
     if keep < least:
         raise ValueError(f"keep={keep} of {tokens} visual tokens, on average over {depth} layers: "
                          f"with layers={layers} the least is {least:.1f}; expected more, earlier "
@@ -59,11 +60,25 @@ def schedule(keep: int, tokens: int, depth: int = 32, layers: tuple = LAYERS,
     low, high = 0., float(tokens)
     for _ in range(60):
         middle = (low + high) / 2
-        if mean_over_layers(scaled(middle), tokens, depth, layers) <= keep:
+        if mean_over_layers(where_last_is(middle), tokens, depth, layers) <= keep:
             low = middle
         else:
             high = middle
-    return fill_up(scaled(low), keep, tokens, depth, layers)
+    return fill_up(where_last_is(low), keep, tokens, depth, layers)
+
+
+def released(stages: int, plus: bool = False) -> list[list[int]]:
+    """What is left of 576 after each of so many stages, recycled ones included; the least
+    first."""
+    rows = []
+    for row in (PLUS if plus else TABLE).values():
+        left = [576]
+        for kept in row:
+            left.append(kept if plus else kept + recycled(left[-1] - kept)[1])
+        # of fewer stages than three the last is the last, and the first the first
+        rows.append([left[3 - round((stages - i) * 2 / max(stages - 1, 1))]
+                     for i in range(1, stages + 1)])
+    return rows[::-1]
 
 
 def recycled(pruned: int) -> tuple[int, int]:

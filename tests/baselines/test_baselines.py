@@ -32,7 +32,7 @@ from runs import Way
 METHODS = {name: module for name, (module, _) in baselines.modules().items()
            if hasattr(module, "select") and module is not evidence}
 OPTIONS = {name: options for name, (_, options) in baselines.modules().items()}
-MERGING = ("visionzip", "prumerge", "prumerge+", "tome")
+MERGING = ("visionzip", "prumerge", "prumerge+", "tome", "downsample")
 UNSERVED = {"cls_attention": ("qwen", "llava_onevision"),
             "tome": ("qwen", "llava_next", "internvl", "llava_next_video", "llava_onevision")}
 EXACT = dict(rtol=0, atol=1e-9)
@@ -217,7 +217,7 @@ def made(n=6, grid=None, feats=None, **shown):
 
 @pytest.mark.parametrize("at", [0, 8, 19, 35])
 @pytest.mark.parametrize("name", sorted(
-    {*METHODS} - {"random", "divprune", "cdpruner", "cdpruner_words", "tome"}))
+    {*METHODS} - {"random", "divprune", "cdpruner", "cdpruner_words", "tome", "downsample"}))
 def test_a_planted_salient_token_is_kept(name, at):
     generator = torch.Generator().manual_seed(at)
     feats = torch.randn(36, 8, generator=generator)
@@ -226,8 +226,8 @@ def test_a_planted_salient_token_is_kept(name, at):
     units = made(36, (6, 6), feats, cls=attention, attention=attention, received=attention,
                  received_middle=attention.flip(0), attention_wide=attention, keys=feats,
                  keys_wide=feats)
-    # + has none but uniform ones up to K = 3
-    for k in (1, 4, 12) if name != "prumerge+" else (8, 12):
+    # + has none but uniform ones up to K = 3; of one, half is none
+    for k in {"prumerge+": (8, 12), "vispruner": (2, 4, 12)}.get(name, (1, 4, 12)):
         found = METHODS[name].select(units, k, **OPTIONS[name])
         keep = found[0] if isinstance(found, tuple) else found
         assert at in keep[0].tolist()
@@ -386,11 +386,55 @@ def test_prunesid_groups_tokens_by_their_component():
 
 
 def test_prunesid_as_released_feeds_cls(vlm, asked, family):
-    if not vlm.adapter.has_cls:
-        with pytest.raises(ValueError, match="prunesid feeds \\[CLS\\]"):
-            prunesid.select(encode(vlm, asked, prunesid.needs(vlm)), 4, as_released=True)
+    if vlm.adapter.has_cls:
+        released(prunesid, vlm, asked, 9)
         return
-    released(prunesid, vlm, asked, 9)
+    units = encode(vlm, asked, prunesid.needs(vlm))
+    keep = prunesid.select(units, 4, as_released=True)
+    assert all(len(i) > 4 for i in keep)  # 16 a view, or all of fewer
+    vlm.prune(asked, units, keep)
+
+
+def test_prunesid_as_released_goes_by_k_and_shares_out_one_less(monkeypatch):
+    """Components, threshold and bounds of K, though [CLS] is one of the K."""
+    generator = torch.Generator().manual_seed(0)
+    centre = 6 * torch.randn(2, 32, generator=generator)
+    x = centre[[0] * 12 + [1] * 6] + .1 * torch.randn(18, 32, generator=generator)
+    attention = torch.tensor([1.] * 12 + [.01] * 6)
+    asked, components = [], prunesid.components
+    monkeypatch.setattr(prunesid, "components",
+                        lambda x, q, seed: asked.append(q) or components(x, q, seed))
+    for seed in (0, 1):
+        found = prunesid.choose(x, 8, attention, seed).tolist()
+        assert len({*found}) == 7 and max(found) >= 12
+    assert asked == [2, 2]  # 8 / 4, not 7 / 4
+    cosine = torch.tensor([[1., .2, .4], [.2, 1, .6], [.4, .6, 1]])
+    assert prunesid.threshold(cosine, 2).item() == pytest.approx(18 * 2 / 3 * .4)
+    assert prunesid.threshold(cosine, 2, True, True).item() == pytest.approx(2 / 32 * .4)
+    size, survivors = torch.full((16,), 10), torch.tensor([10] + [4] * 15)
+    # of 65 at most 10 a group, of 64 at most 5: the first has 1 + round(48 * 10 / 70)
+    share = prunesid.allot(65, size, survivors, 64)
+    assert share.sum() == 64 and share[0] == 8
+    assert prunesid.allot(64, size, survivors)[0] == 5
+    assert len(prunesid.choose(x, 18, attention, 0)) == 17
+    assert prunesid.choose(x, 1, attention, 0).tolist() == []
+
+
+def test_prunesid_as_released_for_qwen_has_floors_and_half_a_mean():
+    cosine = torch.tensor([[1., .2, .4], [.2, 1, .6], [.4, .6, 1]])
+    # three ones and three cosines, by all nine entries; 18 K / N is 12
+    assert prunesid.threshold(cosine, 2, False, True).item() == pytest.approx(12 * 4.2 / 9)
+    even = torch.full((36, 36), .5).fill_diagonal_(1.)
+    mean = (36 + 36 * 35 / 2 * .5) / 36 ** 2
+    assert prunesid.threshold(even, 1, False, True).item() == pytest.approx(mean)  # not .5 of it
+    assert prunesid.threshold(even, 1).item() == pytest.approx(18 / 36 * .5)
+    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+    for k, left in ((3, 16), (16, 16), (20, 20), (40, 40)):
+        found = kept(prunesid.select, made(40, feats=x, projected=x), k, as_released=True)
+        assert len(found) == left and found == sorted({*found})
+        assert len(kept(prunesid.select, made(40, feats=x, projected=x), k)) == k
+    few = made(9, feats=x[:9], projected=x[:9])
+    assert kept(prunesid.select, few, 3, as_released=True) == list(range(9))
 
 
 def released(module, vlm, batch, k):
@@ -632,7 +676,7 @@ def answer_all(vlm, ways, n) -> dict:
 
 def test_every_file_with_names_is_a_baseline():
     known = baselines.names()
-    assert len(known) == len({*known}) == 23
+    assert len(known) == len({*known}) == 25
     assert [n for n in known if n.startswith(("pdrop", "prumerge"))] == [
         "pdrop", "pdrop_last", "prumerge", "prumerge+"]
     assert not {"inside", "encoder"} & {*known}

@@ -3,6 +3,7 @@ full sequence with every layer's own mask, sizes and positions."""
 
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -505,6 +506,40 @@ def test_schedules_of_every_budget():
                 last = schedule(k, n, depth, layers, "last")
                 assert last[-1] == k and all(n >= a >= b >= 1 for a, b in zip(last, last[1:]))
             assert schedule(n, n, depth, layers) == [n] * 3
+
+
+@pytest.mark.parametrize("count", ["average", "last"])
+@pytest.mark.parametrize("schedule", [pdrop.schedule, sparsevlm.schedule,
+                                      partial(sparsevlm.schedule, plus=True)],
+                         ids=["pdrop", "sparsevlm", "plus"])
+def test_fewer_tokens_never_cost_more(schedule, count):
+    """Over every K, at real depths, tiny ones and any number of stages."""
+    for n, depth, layers in ((576, 32, (3, 7, 16)), (576, 40, (3, 7, 16)), (391, 28, (3, 7, 16)),
+                             (144, 4, (1, 2, 3)), (37, 6, (1, 3)), (64, 8, (2,))):
+        before = 0.
+        for k in range(1, n + 1):
+            if count == "average" and k < mean_over_layers([1] * len(layers), n, depth, layers):
+                continue
+            counts = schedule(k, n, depth, layers, count)
+            mean = mean_over_layers(counts, n, depth, layers)
+            assert mean >= before, (n, depth, k)
+            assert k - 1 < mean <= k if count == "average" else counts[-1] == k
+            assert all(a >= b for a, b in zip([n, *counts], [*counts, 1]))
+            before = mean
+
+
+def test_sparsevlm_meets_the_released_rows():
+    """Each at its own last number, split as released: the same kept, the same recycled."""
+    left = [(309, 204, 113), (312, 117, 39), (249, 55, 27), (82, 32, 18)]
+    for row, kept in zip(left, sparsevlm.TABLE.values()):
+        assert sparsevlm.schedule(row[-1], 576, count="last") == [*row]
+        assert sparsevlm.schedule(2 * row[-1], 1152, count="last") == [2 * x for x in row]
+        assert [sparsevlm.split(n, x)[0] for n, x in zip((576, *row), row)] == [*kept]
+    for row in sparsevlm.PLUS.values():
+        assert sparsevlm.schedule(row[-1], 576, count="last", plus=True) == [*row]
+    # the first two have means of 206.5 and 145.4 by what enters
+    for k, row in zip((207, 146), left):
+        assert max(abs(a - b) for a, b in zip(sparsevlm.schedule(k, 576), row)) <= 5
 
 
 def test_impossible_averages_are_refused():
