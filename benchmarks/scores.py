@@ -239,7 +239,7 @@ def answered(module, rows) -> dict:
 
 def hard_scores(module, ways: dict) -> dict[tuple, dict]:
     """{(method, K): {"value": percent of the hard questions that it answers, None if there are
-    none; "n": how many there are}}.
+    none; "n": how many there are; "interval": wilson()}}.
 
     Hard is what the model answers with the whole picture and not with the picture downsampled to
     the same K: group A of VTC-Bench, arXiv:2510.07143. Nothing where there are no such answers, and
@@ -254,9 +254,24 @@ def hard_scores(module, ways: dict) -> dict[tuple, dict]:
         for key in ways:
             if key[1] == k and key[0] != DOWNSAMPLE:
                 own = answered(module, ways[key])
-                value = 100 * float(np.mean([own[question] for question in hard])) if hard else None
-                found[key] = {"value": value, "n": len(hard)}
+                found[key] = share([own[question] for question in hard])
     return found
+
+
+def share(answers: list[bool]) -> dict:
+    """How many percent are true, see hard_scores()."""
+    n = len(answers)
+    if not n:
+        return {"value": None, "n": 0}
+    return {"value": 100 * sum(answers) / n, "n": n, "interval": wilson(sum(answers), n)}
+
+
+def wilson(right: int, n: int, z: float = 1.96) -> list[float]:
+    """Wilson's 95 % interval of a share, in percent: hard questions can be few, and a bootstrap of
+    a few that are all right has no width."""
+    middle = (right + z ** 2 / 2) / (n + z ** 2)
+    half = z / (n + z ** 2) * (right * (n - right) / n + z ** 2 / 4) ** .5
+    return [100 * max(middle - half, 0), 100 * min(middle + half, 1)]
 
 
 def cost(rows) -> dict:

@@ -50,8 +50,8 @@ def report(lines: list[dict], quoted: list[dict] = (), header: dict | None = Non
             blocks += [f"{title}, part by part:", part]
     blocks += ["Visual tokens in the language model, FLOPs of its prompt, milliseconds a question; "
                "% of the prefill with all tokens:", costs_table(lines)]
-    if len(titles) > 1 and (hard := hard_table(lines)):
-        blocks += ["Hard questions, by benchmark:", hard]
+    if hard := hard_table(lines):
+        blocks += ["Hard questions, with Wilson's 95 % interval over them:", hard]
     if counted := counted_table(lines):
         blocks += ["What could not be scored as it should:", counted]
     if kept := kept_table(lines):
@@ -173,6 +173,13 @@ def hard_of(line: dict) -> dict[str, dict]:
 
 def hard_cell(hard: dict | None) -> str:
     return f"{number(hard['value'])} ({hard['n']})" if hard else "-"
+
+
+def hard_share(hard: dict | None) -> str:
+    if not hard or not hard["n"]:
+        return hard_cell(hard)
+    low, high = hard["interval"]
+    return f"{hard['value']:.1f} ({low:.1f} to {high:.1f}), {hard['n']}"
 
 
 def mean_hard(line: dict, lines: list[dict]) -> str:
@@ -363,9 +370,10 @@ def costs_table(lines: list[dict]) -> str:
 
 
 def hard_table(lines: list[dict]) -> str:
-    """Per benchmark the score of its hard questions and how many there are; "" without any."""
+    """Per benchmark the score of its hard questions, its interval and how many there are; ""
+    without any."""
     titles = titles_of(lines)
-    rows = [[line["method"], budget(line["K"]), *(hard_cell(hard.get(name)) for name in titles)]
+    rows = [[line["method"], budget(line["K"]), *(hard_share(hard.get(name)) for name in titles)]
             for line in lines if (hard := hard_of(line))]
     head = ["method", "K", *(f"hard, {title} (n)" for title in titles.values())]
     return markdown(head, rows) if rows else ""

@@ -186,13 +186,17 @@ def test_hard_questions_are_those_that_downsampling_gets_wrong(tmp_path, known):
     files, _ = scores.complete_files(tmp_path)
     lines = scores.summarise(files, resamples=10)
     hard = {(line["method"], line["K"]): tables.hard_of(line) for line in lines}
-    thirds = pytest.approx(200 / 3)
+    def of_three(right):
+        value, low, high = {2: (200 / 3, 20.7655, 93.8508), 0: (0, 0, 56.1497)}[right]
+        return {"value": pytest.approx(value), "n": 3,
+                "interval": [pytest.approx(low, abs=.001), pytest.approx(high, abs=.001)]}
+    one_of_one = {"value": 100, "n": 1, "interval": [pytest.approx(20.6549, abs=.001), 100]}
     none = {"value": None, "n": 0}
     assert hard == {
         ("vanilla", 0): {}, ("downsample", 8): {}, ("downsample", 16): {}, ("good", 4): {},
-        ("good", 8): {"one": {"value": thirds, "n": 3}, "two": none},
-        ("good", 16): {"one": {"value": 100, "n": 1}, "two": none},
-        ("bad", 8): {"one": {"value": 0, "n": 3}, "two": none},
+        ("good", 8): {"one": of_three(2), "two": none},
+        ("good", 16): {"one": one_of_one, "two": none},
+        ("bad", 8): {"one": of_three(0), "two": none},
     }
     table = tables.headline(lines)
     assert table.splitlines()[0] == (
@@ -202,7 +206,7 @@ def test_hard_questions_are_those_that_downsampling_gets_wrong(tmp_path, known):
     assert cells["| good", "8"] == "66.7 (3)" and cells["| good", "16"] == "100.0 (1)"
     assert cells["| bad", "8"] == "0.0 (3)" and cells["| vanilla", "all"] == "-"
     assert table.endswith(tables.HARD)
-    assert "| good | 8 | 66.7 (3) | - (0) |" in tables.hard_table(lines).splitlines()
+    assert "| good | 8 | 66.7 (20.8 to 93.9), 3 | - (0) |" in tables.hard_table(lines).splitlines()
     assert tables.hard_table(lines) in tables.report(lines)
     alone = scores.summarise({"one": files["one"]}, resamples=10)
     head, _, first, *_ = tables.headline(alone).splitlines()
