@@ -21,16 +21,21 @@ lint: .venv/ready
 .PHONY: headline cards rivals classify speed
 SHIPPED := $(foreach m,autoselect stepprune recon,results/$(m)_tiny/selector)
 headline: .venv/ready
-	$(BIN)/python evaluate.py --run $(SHIPPED) --sample 2000 --out results/headline
+	$(BIN)/python evaluate.py --run $(SHIPPED) --methods random downsample cls_attention --sample 2000 \
+		--out results/headline
 	$(BIN)/python -m measure.likeness --run results/autoselect_tiny/selector --out results/headline/likeness.png
 cards: .venv/ready
 	$(BIN)/python -m measure.check tiny/llava --out results/check
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
 		--sample 2000 --draw False --out results/tiny_$$m; done
 SHARES := --budgets 0.33333 0.22222 0.11111
-rivals: .venv/ready
-	$(BIN)/python evaluate.py --model tiny/llava --run $(SHIPPED) --methods all $(SHARES) --out results/rivals_llava
-	$(BIN)/python evaluate.py --model tiny/qwen2_5_vl --methods all $(SHARES) --out results/rivals_qwen2_5_vl
+QWEN := $(foreach m,autoselect stepprune recon,runs/$(m)_qwen_s0/selector)
+rivals: .venv/ready $(QWEN)
+	$(BIN)/python evaluate.py --run $(SHIPPED) --methods all $(SHARES) --out results/rivals_llava
+	$(BIN)/python evaluate.py --run $(QWEN) --methods all $(SHARES) --out results/rivals_qwen2_5_vl
+# on the tiny Qwen2.5-VL, where they are not at hand:
+runs/%_qwen_s0/selector: | .venv/ready
+	$(BIN)/python train.py --method $* --model tiny/qwen2_5_vl --run runs/$*_qwen_s0 --evaluate False
 classify: .venv/ready
 	$(BIN)/python -m measure.classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
 		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
