@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
+from common import check_finite
 from runs import Selector, Way, check_options
 
 
@@ -87,11 +88,12 @@ HEADLINE = dict(
 def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
     """Indices of the K best tokens of each image, in reading order; of equals the first.  Eq. (2)
 
-    k is one number or one per image: a list of B ascending int64 tensors of length K.
+    k: one number, or one per image -> B ascending int64 tensors (K,). Scores have to be finite.
     """
     ks = [k] * len(s) if isinstance(k, int) else [int(each) for each in k]
     if len(ks) != len(s):
         raise ValueError(f"{len(ks)} budgets for {len(s)} images")
+    check_finite(s if valid is None else s.masked_fill(~valid, 0), "scores")
     every = torch.arange(s.shape[1], device=s.device)
     kept = []
     for b, k_b in enumerate(ks):
@@ -357,8 +359,7 @@ class AutoSelect(NoiseGate):
     def forward(self, v: Tensor, valid: Tensor | None, keep: float | Tensor, tau: float,
                 generator=None) -> tuple[Tensor, Tensor]:
         """v -> (v~ after the denoiser, same shape and type; a (B, N) float32).    Eqs. (3)-(5)"""
-        s = self.token_scores(v, valid, generator)
-        a = soft_topk(zscore(s, valid), keep, tau, valid)
+        a = soft_topk(zscore(self.token_scores(v, valid, generator), valid), keep, tau, valid)
         return self.gated(v, a, valid, generator), a
 
     def token_scores(self, v: Tensor, valid: Tensor | None = None, generator=None) -> Tensor:

@@ -32,18 +32,18 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoProcessor, BatchFeature, Qwen2_5_VLProcessor
-from transformers.processing_utils import ProcessorMixin
+from transformers import AutoProcessor, BatchFeature
 from transformers.vision_utils import get_vision_window_index
 
 from backbones.checkpoints import (
+    ImageOnlyQwenProcessor,
     blank_model,
     check_device,
     check_room,
     most_positions,
     read_config,
+    read_processor,
     read_weights,
-    reading,
 )
 
 IGNORE = -100                         # label of a token that is not part of an answer
@@ -157,6 +157,16 @@ def split_by(items: list, sizes: list[int]) -> list[list]:
     """The first sizes[0] items, the next sizes[1], and so on."""
     rest = iter(items)
     return [[next(rest) for _ in range(n)] for n in sizes]
+
+
+def check_finite(x: Tensor, what: str, row_of: Tensor | None = None) -> None:
+    """Raises ValueError naming the first row of x (n, ...) that has NaN or inf; row_of (n,): the
+    rows' numbers, by default 0 to n - 1. It waits for the device, once."""
+    broken = (~x.isfinite()).flatten(1).any(1).nonzero().flatten()
+    if len(broken):
+        row = int(broken[0] if row_of is None else row_of[broken[0]])
+        raise ValueError(f"row {row} has {what} that are no finite numbers: choose a dtype of more "
+                         "range, bfloat16 or float32, or leave its picture out")
 
 
 def kept_mask(units: Units, keep, name: str = "keep") -> Tensor:
@@ -348,17 +358,6 @@ class LlavaAdapter(Adapter):
         return x[:, 1:].flatten(0, 1)
 
 
-class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
-    """The stock processor without its video half, which cannot be built without torchvision."""
-
-    # transformers reads the parts to load from this signature: none of them is a video_processor
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token = self.video_token_id = self.video_processor = None
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
-
 class QwenAdapter(Adapter):
     """Qwen2.5-VL: native resolution; the merger turns a block of patches into one token."""
 
@@ -517,8 +516,7 @@ class FrozenVLM(nn.Module):
         name, device = str(name_or_path), check_device(device, dtype)
         config = read_config(name)
         family = find_adapter(config)
-        with reading(name):
-            processor = family.processor_class.from_pretrained(name)
+        processor = read_processor(name, family.processor_class)
         text = config.text_config
         layers = text.num_hidden_layers
         if not language:
@@ -732,7 +730,7 @@ class FrozenVLM(nn.Module):
 
     @torch.no_grad()
     def encode(self, batch) -> Units:
-        """Run the vision encoder once; the projector does not run."""
+        """Run the vision encoder once, no projector. Raises ValueError for a row not finite."""
         feats, grid = self.adapter.encode(batch)
         views, slots = self.adapter.views(batch), self.adapter.slots(batch)
         if "image_counts" in batch:
@@ -744,11 +742,12 @@ class FrozenVLM(nn.Module):
             shapes = None if all(len(set(part)) == 1 for part in by_image) else grid
             grid = [stacked(part) for part in by_image]
         sizes = torch.tensor([rows * columns for rows, columns in grid])
-        image_of = torch.arange(len(grid)).repeat_interleave(sizes)
+        image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(feats.device)
+        check_finite(feats, "features of the vision encoder", image_of)
         if slots is not None:
             every = torch.arange(len(feats), device=feats.device)
             has_token = torch.isin(every, slots[0].to(feats.device))
-        return Units(feats, image_of.to(feats.device), grid, views, has_token, shapes)
+        return Units(feats, image_of, grid, views, has_token, shapes)
 
     def _slots(self, batch) -> tuple[Tensor, Tensor]:
         """Adapter.slots(), written out where unit i stands at the i-th image token."""

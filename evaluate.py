@@ -13,7 +13,7 @@ benchmarks it is the mean, which is the papers' Avg.
 
 import hashlib
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -26,16 +26,14 @@ from transformers.hf_argparser import HfArg
 import baselines
 import benchmarks
 import runs
+from backbones.checkpoints import check_device
 from benchmarks import answering, plots, scores, tables
 from benchmarks.predictions import Predictions, file_name
 from benchmarks.questions import draw_questions
 from common import PROTOCOLS, FrozenVLM
+from runs import many
 
 MOST_AT_A_TIME = 32                     # questions, where memory is no matter [ours]
-
-
-def many(default: list, text: str):
-    return field(default_factory=lambda: list(default), metadata={"help": text})
 
 
 @dataclass
@@ -61,9 +59,7 @@ class EvalConfig:
     positions: Literal["original", "reindex"] = HfArg(
         default="original", help="of the kept tokens; reindex: numbered anew, as the released code "
                                  "of most rivals does")
-    protocol: Literal[PROTOCOLS] = HfArg(
-        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
-                               "prompts [paper]; stock: as the hub's processor and template do")
+    protocol: Literal[PROTOCOLS] = runs.protocol_option()
     backbone: str | None = HfArg(default=None, help="whose printed figures to show, see "
                                  "benchmarks/published.json; without it: by the model's name")
     rescore: str | None = HfArg(default=None, help="folder of predictions files: tables from these "
@@ -75,8 +71,7 @@ class EvalConfig:
     draw: bool = HfArg(default=True, help="draw the curves and the kept patches")
     dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
                                                              help="of the frozen VLM")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:1")
+    device: str = runs.device_option()
 
     def __post_init__(self):
         runs.check_options(self, sample=0, calibration=1, batch=0, resamples=1, seed=0)
@@ -88,9 +83,14 @@ class EvalConfig:
         if self.methods == ["all"]:
             self.methods = [name for name in baselines.names() if name != "evidence"]
         for name, given, known in (("methods", self.methods, baselines.names()),
-                                   ("benchmarks", self.benchmarks, benchmarks.names())):
-            if unknown := sorted({*given} - {*known}):
+                                   ("benchmarks", self.benchmarks, benchmarks.names()),
+                                   ("backbone", [self.backbone], scores.published()["backbones"])):
+            if unknown := sorted({*filter(None, given)} - {*known}):
                 raise ValueError(f"{name}={unknown}: known are {', '.join(known)}")
+        root = self.data_root
+        if root and not any(Path(root, name).is_dir() for name in self.benchmarks):
+            raise FileNotFoundError(f"data_root={root!r}: expected a folder of local copies that "
+                                    f"holds {' or '.join(self.benchmarks)}")
 
 
 # ---------------------------------------------------------------------------- what is asked
@@ -98,6 +98,7 @@ class EvalConfig:
 
 def settle(config: EvalConfig) -> None:
     """Fill in the runs, their model and the folder. Raises before a weight is read."""
+    check_device(config.device, getattr(torch, config.dtype))
     if not config.run and not config.model:
         config.run = [runs.latest_run()]
     models = [runs.read_selector(run)[1]["training"]["model"] for run in config.run]
@@ -105,19 +106,22 @@ def settle(config: EvalConfig) -> None:
     first = Path(config.run[0] if config.run else config.model)
     run = first.parent if first.name == "selector" else first
     config.out = config.out or str(run if config.run and run.is_dir() else Path("runs", run.name))
+    runs.writable(config.out)
 
 
 def load_selectors(config) -> dict[str, runs.Selector]:
     """Those of config.run. Raises before a weight of the VLM is read."""
     shapes = FrozenVLM.from_pretrained(config.model, device="meta", protocol=config.protocol)
-    return {run: runs.load_selector(run, shapes, config.device)[0] for run in config.run}
+    selectors = {run: runs.load_selector(run, shapes, config.device)[0] for run in config.run}
+    known = {name for selector in selectors.values() for name in selector.further_ways}
+    runs.check_ways(config.ways, sorted(known))
+    return selectors
 
 
 def ways_of(config: EvalConfig, vlm, selectors: dict, calibration) -> tuple[dict, dict]:
     """{(name, K): Way, or None for all tokens}, {name: what its predictions depend on besides}.
     calibration: see runs.Selector.ways()."""
     named, weights = {}, {}
-    unknown_ways = {*config.ways}
     for name in config.methods:
         try:
             named[name] = baselines.way(name, vlm, seed=config.seed)
@@ -125,15 +129,11 @@ def ways_of(config: EvalConfig, vlm, selectors: dict, calibration) -> tuple[dict
             print(f"{name}: left out, {error}")
     for run, selector in selectors.items():
         known = [name for name in config.ways if name in selector.further_ways]
-        own = selector.ways(known, config.budgets, calibration)
-        unknown_ways -= {*known}
-        for suffix, way in own.items():
+        for suffix, way in selector.ways(known, config.budgets, calibration).items():
             name = f"{run}{suffix}"
             named[name] = way
             content = (runs.read_selector(run)[0] / "model.safetensors").read_bytes()
             weights[name] = {"weights": hashlib.sha256(content).hexdigest()[:16]}
-    if unknown_ways:
-        raise ValueError(f"ways={sorted(unknown_ways)}: none of the runs has such a way")
     turns = {scores.VANILLA: None}
     for name, way in named.items():
         for k in way.budgets or config.budgets:
@@ -151,6 +151,8 @@ def ask(config: EvalConfig) -> list[dict]:
     state = PartialState(cpu=not config.device.startswith("cuda"))
     device = state.device if state.num_processes > 1 else config.device
     selectors = load_selectors(replace(config, device=str(device)))
+    if not any(selector.adaptive for selector in selectors.values()):
+        runs.check_unread(config, ["calibration"], "a run that keeps as many as it is told")
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device,
                                     protocol=config.protocol)
     failed, asked = {}, []
@@ -243,7 +245,9 @@ def main(args: list[str]) -> list[dict]:
     parser = runs.Parser(EvalConfig, description=__doc__)
     (config,) = parser.parse_args_into_dataclasses(args)
     if config.rescore:
-        return report(config, Path(config.rescore), Path(config.out or config.rescore))
+        read = {"rescore", "out", "seed", "resamples", "backbone", "draw"}
+        runs.check_unread(config, {option.name for option in fields(config)} - read, "--rescore")
+        return report(config, Path(config.rescore), runs.writable(config.out or config.rescore))
     return ask(config)
 
 

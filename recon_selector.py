@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from transformers.hf_argparser import HfArg
 
 from baselines import inside, random_tokens
-from common import Units, split_by
+from common import Units, check_finite, split_by
 from runs import Selector, Way, check_options, check_ways
 
 
@@ -454,12 +454,13 @@ class ReconSelector(Selector):
         """One ascending int64 tensor a row: the keep, or keep[b], tokens with the largest scores;
         with None those of the hard mask, at least one if there is any.            Section 4.1.1"""
         chosen = []
-        for b, (s, here) in enumerate(zip(self.token_scores(v, valid), valid)):
+        scores = self.token_scores(v, valid).masked_fill(~valid, -torch.inf)
+        check_finite(scores.masked_fill(~valid, 0), "scores")
+        for b, (s, here) in enumerate(zip(scores, valid)):
             n = int(here.sum())
             k = keep[b] if isinstance(keep, list) else keep
             if k is not None and not min(n, 1) <= k <= n:
                 raise ValueError(f"keep={k} does not fit {n} visual tokens")
-            s = s.masked_fill(~here, -torch.inf)
             if k is None:
                 k = max(int((s > 0).sum()), min(n, 1))
             chosen.append(s.argsort(descending=True, stable=True)[:k].sort().values)

@@ -22,21 +22,24 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Literal, get_args, get_origin
 
 import torch
 from filelock import FileLock, Timeout
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import HfApi, PyTorchModelHubMixin, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 ROOT = Path(__file__).resolve().parent
 LOCK = ".lock"                        # its file in a run folder
@@ -139,7 +142,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
         return peak * min(1.0, (number + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * number / total))
 
 
-def check_ways(names: list[str], known: tuple[str, ...]) -> None:
+def check_ways(names: list[str], known) -> None:
     if unknown := sorted({*names} - {*known}):
         raise ValueError(f"ways={unknown}: this method has "
                          f"{', '.join(known) or 'none beside its own'}")
@@ -184,22 +187,42 @@ def preset(module, encoder_width: int, shared: type | None = None) -> dict:
     return values
 
 
+MOST = 1e9                            # what no number of an option exceeds, such as layers
+
+
 def check_options(config, **bounds) -> None:
-    """Raises ValueError for a value that is none of its option's Literal, and for a number that is
-    not within its bounds: the least, or (least, most). Heads have to part the width."""
-    for option in fields(config):
+    """Raises ValueError for a value that is none of its option's Literal, and for a number, or one
+    of a list, that is not within its bounds: the least, or (least, most), if given. Heads have to
+    part the width. config: a dataclass, or what argparse gives."""
+    for option in fields(config) if is_dataclass(config) else ():
         known = get_args(option.type)
         if get_origin(option.type) is Literal and getattr(config, option.name) not in known:
             raise ValueError(f"{option.name}={getattr(config, option.name)!r} is none of {known}")
-    for name, bound in bounds.items():
-        least, most = bound if isinstance(bound, tuple) else (bound, math.inf)
-        value = getattr(config, name)
-        if not (least <= value <= most and math.isfinite(value)):          # NaN is neither
-            raise ValueError(f"{name}={value}: expected " + (
-                f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"))
+    for name, given in vars(config).items():
+        bound = bounds.get(name, -MOST)
+        least, most = bound if isinstance(bound, tuple) else (bound, MOST)
+        for value in given if isinstance(given, list) else [given]:
+            is_number = isinstance(value, (int, float))
+            if is_number and not least <= value <= most:                 # NaN is in no bounds
+                wanted = "a number" if name not in bounds else f"at least {least:g}"
+                if value > MOST:
+                    wanted = f"at most {MOST:g}"
+                elif most < MOST:
+                    wanted = f"{least:g} to {most:g}"
+                raise ValueError(f"{name}={value}: expected {wanted}")
     heads, width = getattr(config, "heads", 1), getattr(config, "width", 0)
     if heads < 1 or width % heads:
         raise ValueError(f"heads={heads}: expected a number that parts the width {width} evenly")
+
+
+def check_unread(config, names, why: str) -> None:
+    """Raises ValueError for an option of these names that is not at its default: nothing reads it,
+    for the reason given."""
+    for option in fields(config):
+        default = option.default_factory() if option.default is MISSING else option.default
+        value = getattr(config, option.name)
+        if option.name in names and value != default:
+            raise ValueError(f"{option.name}={value!r}: {why} does not read it, leave it out")
 
 
 def options_class(config_class: type) -> type:
@@ -214,6 +237,20 @@ def options_class(config_class: type) -> type:
 # ------------------------------------------------------------------------------------ commands
 
 
+def many(default: list, text: str):
+    """An option of several values."""
+    return field(default_factory=lambda: list(default), metadata={"help": text})
+
+
+def device_option():
+    return HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:1")
+
+
+def protocol_option():
+    return HfArg(default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own "
+                 "frame of prompts [paper]; stock: as the hub's processor and template do")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and the default of every option."""
 
@@ -225,6 +262,17 @@ class Parser(HfArgumentParser):
         # an abbreviated --method would choose the options of another one
         how.setdefault("allow_abbrev", False)
         super().__init__(dataclasses, formatter_class=HelpFormatter, **how)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if "" in (args or ()):
+            self.error(f"nothing stands behind {args[args.index('') - 1]}: expected a value")
+        return super().parse_known_args(args, namespace)
+
+    def parse_args_into_dataclasses(self, args=None):
+        *parsed, unknown = super().parse_args_into_dataclasses(args, return_remaining_strings=True)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return tuple(parsed)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; --help lists the options\n")
@@ -247,6 +295,28 @@ def command(main: Callable) -> None:
 # ------------------------------------------------------------------------------------ files
 
 
+def writable(folder: str | Path) -> Path:
+    """The folder, which is not made yet. Raises OSError where it cannot be made or written into:
+    before the work whose result goes there."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise OSError(f"nothing can be written into {folder} ({error.strerror}: {there}): name "
+                      "another folder") from error
+    return Path(folder)
+
+
+def writable_file(path: Path) -> None:
+    """The same of a file."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: expected the name of a file")
+    writable(path.parent)
+
+
 def write_whole(path: Path, write: Callable) -> None:
     """write(temporary path) of a file or folder, flush it to the disk, then rename: a kill leaves
     the old one or the new one. Raises OSError where it cannot be written, and leaves no part."""
@@ -261,10 +331,31 @@ def write_whole(path: Path, write: Callable) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:     # torch.save() raises the latter on a full disk
         shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
-        there = next(folder for folder in path.absolute().parents if folder.exists())
-        free = shutil.disk_usage(there).free / 2**20
-        raise OSError(f"{path} cannot be written ({error}), {free:,.0f} MiB are free there: make "
-                      "room, or name another folder") from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: Exception) -> OSError:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    return OSError(f"{path} cannot be written ({error}), {free:,.0f} MiB are free there: make "
+                   "room, or name another folder")
+
+
+def append(path: Path, text: str, sync: bool = True) -> None:
+    """Add lines to a file, in one piece; with `sync` see them on the disk. Raises OSError where
+    they cannot be written, and leaves no part."""
+    data = text.encode()
+    # without a buffer: closing the file would try to write the rest of it once more
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while data:
+                data = data[file.write(data):]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            raise cannot_write(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -285,13 +376,19 @@ def differences(there: dict, here: dict) -> str:
                      for key, value in here.items() if there.get(key) != value)
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first that `accelerate launch` began."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def locked(folder: Path):
     """Holds a folder for this command, on the first of its processes. Raises OSError where another
     one has it. A kill sets it free."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
+    writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -348,8 +445,7 @@ def open_log(path: Path, first_step: int, is_main: bool) -> Callable[[dict], Non
     lines = path.read_text().splitlines()[:first_step] if path.exists() else []
     # lines after the checkpoint will be made again
     write_text(path, "".join(line + "\n" for line in lines))
-    file = open(path, "a", buffering=1)
-    return lambda line: file.write(json.dumps(line) + "\n")
+    return lambda line: append(path, json.dumps(line) + "\n", sync=False)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -427,6 +523,33 @@ def save_selector(run: Path, selector, about: dict) -> None:
         selector.save_pretrained(folder, config=about)
         shutil.rmtree(run / "selector", ignore_errors=True)
     write_whole(run / "selector", write)
+
+
+def open_repository(name: str) -> None:
+    """Make a selector's place on the hub, on the first of the processes. Raises ValueError for a
+    name that it cannot have, OSError where the hub does not let us."""
+    if not is_first():
+        return
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("the user is missing")
+        HfApi().create_repo(name, exist_ok=True)
+    except HFValidationError as error:
+        raise ValueError(f"push={name!r}: expected user/name, of letters, digits, '-', '_' and '.' "
+                         f"({error})") from error
+    except Exception as error:                        # each library on the way has its own
+        cause = " ".join(str(error).split())[:200]
+        raise OSError(f"push={name!r}: the hub makes no such repository ({type(error).__name__}: "
+                      f"{cause}): log in as its owner with `hf auth login`, or set HF_TOKEN"
+                      ) from error
+
+
+def share(run: Path, name: str) -> None:
+    """Put a run's selector into its place on the hub."""
+    if is_first():
+        HfApi().upload_folder(repo_id=name, folder_path=run / "selector")
+        print(f"shared: https://huggingface.co/{name}")
 
 
 def latest_run() -> str:

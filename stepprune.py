@@ -71,6 +71,7 @@ from autoselect import (
     temperature,
     zscore,
 )
+from common import check_finite
 from runs import Way, check_options
 
 AGGREGATIONS = ("full", "last", "uniform", "alive")
@@ -593,9 +594,17 @@ class StepPrune(NoiseGate):
         """The picks of each row in the order in which they were made, B int64 tensors."""
         if not abs(stop_bias) < torch.inf:
             raise ValueError(f"stop_bias={stop_bias}: expected a finite number")
-        v, valid = units.pad()
-        episode = self.rollout(self.memory(v, valid, *question), valid, stop_bias, least, most)
+        memory, valid = self.memory_of(units, question)
+        episode = self.rollout(memory, valid, stop_bias, least, most)
         return [row[:n] for row, n in zip(episode.picks, episode.count.tolist())]
+
+    def memory_of(self, units, question) -> tuple[Tensor, Tensor]:
+        """memory() and valid. Raises ValueError where it is not finite: all logits would be NaN,
+        and one token be picked over and over."""
+        v, valid = units.pad()
+        memory = self.memory(v, valid, *question)
+        check_finite(memory, "states of the tokens")
+        return memory, valid
 
     def turns(self, units, question, most: int) -> Tensor:
         """(B, N) when each token is picked, from the end, by an episode that does not stop: 1 for
@@ -634,9 +643,8 @@ class StepPrune(NoiseGate):
         tokens. One episode each of at most `most` picks serves all budgets."""
         margins, tokens = [], []
         for units, question in batches:
-            v, valid = units.pad()
+            memory, valid = self.memory_of(units, question)
             tokens += valid.sum(1).tolist()
-            memory = self.memory(v, valid, *question)
             margin = self.rollout(memory, valid, NEVER, most=most).margin
             rest = most - margin.shape[1]
             margins.append(F.pad(margin, (0, rest), value=-torch.inf))     # no token left: it stops

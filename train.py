@@ -7,7 +7,6 @@ runs/<method>. A killed run resumes exactly when the same command is given again
 listed by `python train.py --method NAME --help`.
 """
 
-import argparse
 import math
 import time
 from collections import Counter
@@ -21,7 +20,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from huggingface_hub import HfApi
 from torch import Tensor
 from tqdm import tqdm
 from transformers.hf_argparser import HfArg
@@ -36,6 +34,10 @@ from data.batches import DATA, SOURCES, batches, cached, causes, open_data
 # options that may change when a run is resumed: the selector comes out the same
 FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "evaluate", "push",
         "overwrite", "cache_features")
+# the kinds of data that read an option
+KINDS = ("captions", "dialogues", "images")
+READ_BY = dict(path=KINDS, split=KINDS, images=(*KINDS, "folder"), prompt=KINDS[:1],
+               questions=("dialogues", "scenes without epochs"), n_pictures=("scenes in epochs",))
 
 
 @dataclass
@@ -44,9 +46,7 @@ class TrainConfig:
     method: str = HfArg(default="", help=f"{', '.join(runs.method_names())}; its own options are "
                                          "listed by --method NAME --help")
     model: str = HfArg(default="tiny/llava", help="folder or hub id of the frozen VLM")
-    protocol: Literal[PROTOCOLS] = HfArg(
-        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
-                               "prompts [paper]; stock: as the hub's processor and template do")
+    protocol: Literal[PROTOCOLS] = runs.protocol_option()
     run: str = HfArg(default="runs/METHOD", help="run folder")
     seed: int = HfArg(default=0, help="of weights, data and noise")
     steps: int = HfArg(default=0, help="optimiser steps; 0: from --epochs")
@@ -76,8 +76,7 @@ class TrainConfig:
     dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of the frozen VLM")
     random_weights: bool = HfArg(default=False, help="build --model from its config alone, for "
                                                      "smoke runs, memory and speed")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:1")
+    device: str = runs.device_option()
     workers: int = HfArg(default=1, help="processes that read data and build batches")
     save_every: int = HfArg(default=100, help="steps between checkpoints")
     evaluate: bool = HfArg(default=True, help="make the table and the pictures at the end")
@@ -88,9 +87,10 @@ class TrainConfig:
         self.data = "folder" if self.images and self.data == "scenes" else self.data
         runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=1, steps=0,
                            epochs=0, micro=0, lr=0, seed=0, workers=0)
-        if (self.path or self.split) and self.data not in SOURCES:
-            raise ValueError(f"path={self.path}, split={self.split}: of the data {self.data} they "
-                             "name nothing; expected --data, one of " + ", ".join(SOURCES))
+        kind = SOURCES[self.data].kind if self.data in SOURCES else self.data
+        kind += (kind == "scenes") * (" in epochs" if self.epochs else " without epochs")
+        unread = [name for name, kinds in READ_BY.items() if kind not in kinds]
+        runs.check_unread(self, unread, f"data={self.data!r}, of the kind {kind!r},")
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
         if self.data == "folder" and not self.images:
@@ -99,12 +99,8 @@ class TrainConfig:
 
 def parse(args: list[str]) -> tuple[TrainConfig, object]:
     """Options of every method and of the chosen one, with the defaults that this model gets."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--method")
-    first.add_argument("--model", default=TrainConfig.model)
-    first.add_argument("--epochs")
-    chosen, _ = first.parse_known_args(args)
-    if chosen.method is None:
+    chosen, _ = runs.Parser(TrainConfig, add_help=False).parse_known_args(args)
+    if not chosen.method:
         runs.Parser(TrainConfig, description=__doc__).parse_args(args)          # --help ends here
         raise ValueError(f"no method: expected --method {' or '.join(runs.method_names())}")
     module = runs.load_method(chosen.method)
@@ -234,10 +230,8 @@ def train(config: TrainConfig, options) -> Path:
     selector.to(vlm.device).train()
     if selector.reads_language:
         vlm.checkpointing({"auto": is_large(vlm), "on": True, "off": False}[config.checkpointing])
-    cache = None
-    if config.cache_features:
-        cache = cached(config, vlm, data, selector.rows, accelerator.process_index,
-                       accelerator.num_processes)
+    cache = cached(config, vlm, data, selector.rows, accelerator.process_index,
+                   accelerator.num_processes) if config.cache_features else None
     optimiser = torch.optim.AdamW(selector.parameters(), lr=config.lr,
                                   weight_decay=selector.weight_decay)
     first_step = runs.resume(run, selector, optimiser, vlm.device)
@@ -351,6 +345,8 @@ def check_fit(config: TrainConfig, selector, processes: int) -> None:
         raise ValueError(f"batch={config.batch} on {processes} processes, micro={micro}: expected "
                          f"a multiple of {processes * micro}, so that every part gets the same "
                          "number")
+    if config.cache_features:
+        runs.writable(config.cache_features)
     if config.cache_features and selector.rows == "question twice":
         raise ValueError(f"cache_features={config.cache_features!r} holds vision features, but "
                          "this method reads the language model's states: leave it out")
@@ -358,15 +354,15 @@ def check_fit(config: TrainConfig, selector, processes: int) -> None:
 
 def main(args: list[str]) -> None:
     config, options = parse(args)
+    if config.push:
+        runs.open_repository(config.push)             # may be refused: before hours of training
     with runs.locked(Path(config.run)):
         run = train(config, options)
     if config.evaluate and not config.random_weights:         # every process answers its share
         evaluate.main(["--run", str(run), "--model", config.model, "--device", config.device,
                        "--dtype", config.dtype, "--protocol", config.protocol])
-    if config.push and Accelerator().is_main_process:
-        HfApi().create_repo(config.push, exist_ok=True)
-        HfApi().upload_folder(repo_id=config.push, folder_path=run / "selector")
-        print(f"shared: https://huggingface.co/{config.push}")
+    if config.push:
+        runs.share(run, config.push)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,76 @@
 """Checkpoints of transformers, on disk or on the hub, and the device that they go to: what can go
 wrong is said in one sentence, before a weight is read."""
 
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import errors as hub
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    Qwen2_5_VLProcessor,
+)
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
+
+# what transformers reads of a checkpoint beside its weights and templates; objects all of them
+FILES = ("config", "generation_config", "preprocessor_config", "processor_config",
+         "video_preprocessor_config", "tokenizer", "tokenizer_config", "special_tokens_map",
+         "added_tokens", "chat_template", "model.safetensors.index")
+
+
+class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
+    """The stock processor without its video half, which cannot be built without torchvision."""
+
+    # transformers reads the parts to load from this signature: none of them is a video_processor
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token = getattr(tokenizer, "image_token", None) or "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token = self.video_token_id = self.video_processor = None
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+def check_files(folder: Path) -> None:
+    """Raises ValueError naming a file of a checkpoint that is damaged, as a download that was cut
+    short leaves it, FileNotFoundError for missing weights. Of weights the headers are read alone.
+    """
+    def damaged(file: Path, cause) -> ValueError:
+        return ValueError(f"{file} is damaged ({cause}): download or copy it again")
+    for file in (folder / f"{name}.json" for name in FILES):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except (ValueError, OSError) as error:
+            raise damaged(file, error) from error
+        if not isinstance(content, dict):
+            raise damaged(file, "expected an object of JSON")
+        shards = content.get("weight_map", {}) if "index" in file.name else {}
+        lacking = sorted(shard for shard in {*shards.values()} if not (folder / shard).exists())
+        if lacking:
+            raise FileNotFoundError(f"{folder / lacking[0]} is missing, and {file.name} names it: "
+                                    "download or copy it")
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            safe_open(file, "pt")
+        except (SafetensorError, OSError) as error:
+            raise damaged(file, error) from error
+
+
+def folder_of(name: str) -> Path | None:
+    """Where a checkpoint lies, here or in the hub's cache; None if nowhere."""
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        file = try_to_load_from_cache(name, "config.json")
+    except hub.HFValidationError:                     # no name on the hub either
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 @contextmanager
@@ -16,6 +78,8 @@ def reading(name: str):
     """What goes wrong while the checkpoint `name` is read -> one sentence: cause, what to do."""
     try:
         yield
+    except (MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
         causes = [error]
         while cause := causes[-1].__cause__ or causes[-1].__context__:
@@ -37,9 +101,17 @@ def reading(name: str):
             raise ConnectionError(
                 f"{nowhere}neither a folder here nor in the hub's cache, and the hub cannot be "
                 "reached; connect, unset HF_HUB_OFFLINE, or name a folder") from error
+        if folder := folder_of(name):
+            check_files(folder)
         raise FileNotFoundError(
             f"{nowhere}expected a folder with a config.json and weights, or a name on the Hugging "
             f"Face hub; train or download it first ({error})") from error
+    except Exception as error:        # at a broken file, transformers and tokenizers raise any type
+        if folder := folder_of(name):
+            check_files(folder)
+        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"{name!r} cannot be read ({cause}): expected a whole checkpoint of "
+                         "transformers; download or copy it again") from error
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -47,16 +119,36 @@ def read_config(name: str) -> PreTrainedConfig:
     with reading(name):
         # names on the hub are owner/model
         is_folder = Path(name).is_dir() or name.count("/") > 1 or name[:1] in "./~"
-        if is_folder and not Path(name, "config.json").exists():
+        if is_folder and not Path(name, "config.json").is_file():
             raise OSError("the folder has no config.json")
+        if is_folder:
+            check_files(Path(name))
         values, _ = PreTrainedConfig.get_config_dict(name)
-    try:
-        with reading(name):
-            return AutoConfig.from_pretrained(name)
-    except (ValueError, KeyError) as error:
-        kind = values.get("model_type")
+    if (kind := values.get("model_type")) not in CONFIG_MAPPING:
         raise ValueError(f"{name!r} has model_type {kind!r}, which transformers does "
-                         "not know: expected a vision-language model") from error
+                         "not know: expected a vision-language model")
+    with reading(name):
+        return AutoConfig.from_pretrained(name)
+
+
+def read_processor(name: str, processor_class):
+    """Tokenizer, image processor and chat template of a checkpoint. Raises as from_pretrained()."""
+    with reading(name):
+        processor = processor_class.from_pretrained(name)
+        tokenizer, text = processor.tokenizer, ""
+        template = processor.chat_template or tokenizer.chat_template
+        if template:                                  # one that was cut short raises
+            said = [{"role": "user", "content": [{"type": "text", "text": "\ue000"}]}]
+            text = tokenizer.apply_chat_template(said, chat_template=template, tokenize=False)
+    folder = folder_of(name)
+    is_told = folder is None or (folder / "tokenizer_config.json").exists()
+    parts = {"tokenizer_config.json": is_told,
+             "a chat template that writes what is said (chat_template.jinja)": "\ue000" in text,
+             "an end-of-sequence token (tokenizer_config.json)": tokenizer.eos_token,
+             "a patch_size (processor_config.json)": getattr(processor, "patch_size", True)}
+    if lacking := [part for part, there in parts.items() if not there]:
+        raise ValueError(f"{name!r} lacks {' and '.join(lacking)}: download or copy it again")
+    return processor
 
 
 def blank_model(config, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:

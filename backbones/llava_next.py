@@ -52,8 +52,12 @@ class LlavaNextAdapter(LlavaAdapter):
         packed, _ = self.model.pack_image_features(
             numbers.split(views), batch["image_sizes"], "default",
             image_newline=-numbers.new_ones(1))
-        unit = torch.cat(packed).flatten()
-        whole = torch.tensor([0, *views[:-1]], device=device).cumsum(0)   # views that are no crops
-        is_newline = unit < 0
-        line = is_newline.cumsum(0) - is_newline.long()
-        return unit, line.masked_fill(torch.isin(unit // size, whole), -1)
+        lines, seen = [], 0
+        for unit in packed:
+            is_newline = unit.flatten() < 0
+            line = seen + is_newline.cumsum(0) - is_newline.long()
+            line[:size] = -1
+            seen += len(unit)
+            # of a very thin picture the crops have no column left: its newlines end the whole one
+            lines.append(torch.where(is_newline[size:].all(), seen - 1, line))
+        return torch.cat(packed).flatten(), torch.cat(lines)

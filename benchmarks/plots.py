@@ -4,6 +4,7 @@ PNG."""
 import itertools
 import json
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,6 +16,7 @@ from PIL import Image
 from benchmarks import tables
 from benchmarks.scores import mean_over_seeds
 from common import kept_mask
+from runs import write_whole
 
 KINDS = {"before": "before the language model", "merging": "merging",
          "inside": "inside the language model"}
@@ -26,7 +28,7 @@ MARKERS = "os^Dv<>pPX*h"
 
 
 def save(figure, path: Path, dpi: int = 130) -> None:
-    figure.savefig(path, dpi=dpi)
+    write_whole(Path(path), partial(figure.savefig, dpi=dpi, format="png"))
     plt.close(figure)
 
 

@@ -17,11 +17,12 @@ back when the process ends, however it ends.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from runs import append
 
 ROW = {"number", "id", "prompt", "answer", "gold", "kept", "seen", "flops", "ms"}
 HEADER = {"benchmark", "method", "budget", "questions"}
@@ -192,17 +193,15 @@ class Predictions:
         self.done = {row["id"] for row in rows}
 
     def add(self, rows: list[dict]) -> None:
-        """Append those rows whose ids are not there yet, in one piece, and see them on disk."""
+        """Append those rows whose ids are not there yet, in one piece, and see them on disk.
+        Raises OSError where they cannot be written."""
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n"
                        for row in rows if row["id"] not in self.done)
         if not text:
             return
-        with open(self.file, "a", encoding="utf-8") as file:
-            if not file.tell():
-                text = json.dumps(self.header, ensure_ascii=False) + "\n" + text
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        if not self.file.exists() or not self.file.stat().st_size:
+            text = json.dumps(self.header, ensure_ascii=False) + "\n" + text
+        append(self.file, text)
         self.done |= {row["id"] for row in rows}
 
 

@@ -64,6 +64,8 @@ def table(hubs, path: str | Path | None, config: str | None, split: str, columns
     whose terms have not been accepted, ValueError for a split or a column that is not there, or a
     file that cannot be read.
     """
+    if not isinstance(split, str):
+        raise ValueError(f"split={split!r}: expected its name, such as test")
     if path is None:
         found = hub(hubs[0], lambda repo, _: from_hub(repo, config, split),
                     [(repo, None) for repo in hubs])

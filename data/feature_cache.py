@@ -1,5 +1,6 @@
 """What the frozen vision encoder says of numbered pictures, kept on disk."""
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from common import Units
 
 GIB = 2**30
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)       # a disk, a share of it, a file
 PATIENCE = 1800                       # seconds without a new picture after which others are lost
 
 
@@ -91,14 +93,21 @@ class FeatureCache:
         numbers = self.missing(n, rank, processes)
         if numbers:
             name = self.folder / uuid.uuid4().hex
-            with (open(name.with_suffix(".bin"), "wb") as features,
-                  open(name.with_suffix(".jsonl"), "w", buffering=1) as index):
-                rest = iter(numbers)
-                for number, batch in enumerate(tqdm(batches, "features", disable=rank > 0)):
-                    units = encode(batch)
-                    if number == 0:
-                        self.check_space(units, len(numbers) * processes, rank)
-                    self.append(rest, units, features, index)
+            try:
+                with (open(name.with_suffix(".bin"), "wb") as features,
+                      open(name.with_suffix(".jsonl"), "w", buffering=1) as index):
+                    rest = iter(numbers)
+                    for number, batch in enumerate(tqdm(batches, "features", disable=rank > 0)):
+                        units = encode(batch)
+                        if number == 0:
+                            self.check_space(units, len(numbers) * processes, rank)
+                        self.append(rest, units, features, index)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise OSError(f"{name}.bin cannot be written ({error}): make room, and the same "
+                              "command goes on with what is there, or name another folder"
+                              ) from error
         self.refresh()
         self.wait(n, rank)
 

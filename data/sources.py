@@ -170,7 +170,15 @@ def has(causes: list[BaseException], *kinds: type) -> bool:
 def hub_files(repo: str, pattern: str | None, split: str) -> list[str]:
     """hf:// addresses of a split, with the commit they were found at."""
     wanted = pattern and {split: pattern.format(split=split)}
-    return of_split(load_dataset_builder(repo, data_files=wanted).config.data_files, split, repo)
+    try:
+        files = load_dataset_builder(repo, data_files=wanted).config.data_files
+    except FileNotFoundError:
+        if not pattern:
+            raise
+        name = re.compile(re.escape(pattern).replace(r"\{split\}", "(.+)").replace(r"\*", ".*"))
+        there = HfApi().list_repo_files(repo, repo_type="dataset")
+        files = {match[1]: [match[0]] for match in map(name.fullmatch, there) if match}
+    return of_split(files, split, repo)
 
 
 def split_files(repo: str, name: str | None, split: str) -> list[str] | None:

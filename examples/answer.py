@@ -39,9 +39,8 @@ from benchmarks.answering import QuestionBatch
 from benchmarks.costs import Clock
 from common import PROTOCOLS, FrozenVLM
 from data.pictures import oblong, open_picture
-from evaluate import many
 from examples.chat import Chat
-from runs import Selector, Way
+from runs import Selector, Way, many
 
 
 @dataclass
@@ -58,16 +57,14 @@ class AnswerConfig:
     budgets: list[int] = many([48, 16], "K, kept tokens of all pictures together; where the method "
                                         "decides how many, those of the first question [ours]")
     max_new_tokens: int = HfArg(default=64, help="most tokens of an answer [ours]")
-    protocol: Literal[PROTOCOLS] = HfArg(
-        default="papers", help="LLaVA-1.5's pictures padded to a square, Vicuna's own frame of "
-                               "prompts [paper]; stock: as the hub's processor and template do")
+    protocol: Literal[PROTOCOLS] = runs.protocol_option()
     out: str = HfArg(default="runs/answer", help="folder of answer.png and answer.json")
     dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
                                                              help="of the frozen VLM")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="cpu, cuda or cuda:1")
+    device: str = runs.device_option()
 
     def __post_init__(self):
+        runs.check_options(self, budgets=1, max_new_tokens=1)
         if unknown := sorted({*self.methods} - {*baselines.names()}):
             raise ValueError(f"methods={unknown}: known are {', '.join(baselines.names())}")
 
@@ -218,9 +215,9 @@ def answer_inside(vlm: FrozenVLM, answerer: Answerer, batch, clock: Clock, strea
 
 def open_images(config: AnswerConfig) -> list:
     """The pictures. Raises ValueError for what is wrong before anything is loaded."""
-    if not config.image or not config.budgets or min(*config.budgets, config.max_new_tokens) < 1:
-        raise ValueError(f"image={config.image}, budgets={config.budgets}, max_new_tokens="
-                         f"{config.max_new_tokens}: expected a picture file, and numbers from 1")
+    if not config.image or not config.budgets:
+        raise ValueError(f"image={config.image}, budgets={config.budgets}: expected a picture "
+                         "file, and numbers of tokens")
     try:
         images = [open_picture(path) for path in config.image]
     except ValueError as error:

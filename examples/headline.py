@@ -18,6 +18,7 @@ import shlex
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
+import torch
 from transformers.hf_argparser import HfArg
 
 import baselines
@@ -25,7 +26,7 @@ import benchmarks
 import evaluate
 import runs
 import train
-from backbones.checkpoints import read_config
+from backbones.checkpoints import check_device, read_config
 from benchmarks import scores
 from data.pictures import find
 from data.sources import SOURCES
@@ -55,6 +56,20 @@ class HeadlineConfig:
     evaluate: str = HfArg(default="", help='more options of evaluate.py: "--budgets 64"')
     plan: bool = HfArg(default=False, help="say what would be done, and end")
     despite: bool = HfArg(default=False, help="go on although a check failed: random weights")
+
+    def __post_init__(self):
+        runs.check_options(self, steps=0, sample=1)
+        check_device(self.device, torch.float32)
+        if self.backbone and self.backbone not in scores.published()["backbones"]:
+            raise ValueError(f"backbone={self.backbone!r}: known are "
+                             f"{', '.join(scores.published()['backbones'])}")
+        if self.images and not (Path(self.images).is_dir() and find(Path(self.images))):
+            raise FileNotFoundError(f"images={self.images!r}: expected a folder with pictures")
+        for name in ("train", "evaluate"):
+            try:
+                shlex.split(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"{name}={getattr(self, name)!r}: {error}") from error
 
 
 def printed_table(module, backbone: str | None) -> dict:
@@ -200,6 +215,7 @@ def main(args: list[str]) -> None:
                          "LARGE, as in the methods of this project")
     config.model = config.model or module.HEADLINE["model"]
     config.out = config.out or f"runs/headline/{name}"
+    runs.writable(config.out)
     table = printed_table(module, config.backbone or scores.backbone(config.model))
     words = commands(config, module, table)
     lines, counts = plan(config, module, table, words)

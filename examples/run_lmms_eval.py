@@ -20,7 +20,8 @@ import runs
 from benchmarks import answering
 from benchmarks.questions import Question
 from common import FrozenVLM
-from examples.answer import AnswerConfig, answerers_of, many
+from examples.answer import AnswerConfig, answerers_of
+from runs import many
 
 STEERING = 200                        # questions of a task [ours]
 
@@ -39,6 +40,7 @@ class HarnessConfig:
     limit: int | None = HfArg(default=None, help="documents of each task; without it: all")
 
     def __post_init__(self):
+        runs.check_options(self, budget=1, limit=1)
         if not self.tasks:
             raise ValueError("tasks=[]: expected some of lmms-eval, such as pope or gqa")
         for name in ("run", "methods", "ways"):

@@ -28,6 +28,10 @@ def main(args: list[str]) -> str:
         if not (path / "benchmarks.json").exists():
             raise FileNotFoundError(f"{path} has no benchmarks.json: evaluate its runs with "
                                     f"python evaluate.py --out {path} --run ...")
+        name = options.method if path not in variants else path.name
+        runs.read_json(path / "benchmarks.json")
+        if "" not in tables.retentions(path / "benchmarks.json", name):
+            raise ValueError(f"{path}/benchmarks.json has no run that is named like {name}_s0")
     text = tables.ablations(options.method, options.results)
     print(text)
     runs.write_text(folder.with_suffix(".md"), text + "\n")

@@ -540,8 +540,8 @@ def parse(args: list[str]) -> Namespace:
     add("--random_weights", action="store_true", help="build the model from its config alone")
     add("--out", default="runs/check", help="folder of check.json and check.md")
     options = parser.parse_args(args)
-    if options.keep < 0:
-        raise ValueError(f"keep={options.keep}: expected at least 1, or 0 for a ninth")
+    runs.check_options(options, keep=0)
+    runs.writable(options.out)
     return options
 
 

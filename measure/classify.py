@@ -28,6 +28,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import baselines
 import runs
+from backbones.checkpoints import check_device, read_config
 from baselines.encoder import encode
 from benchmarks.answering import QuestionBatch, choose, content_hash
 from common import FrozenVLM
@@ -202,7 +203,7 @@ class ClassFolder(Sequence):
         if not files:
             raise ValueError(f"{folder} holds no class folder with pictures: expected "
                              f"{folder}/CLASS/picture.jpg")
-        mapped = json.loads(Path(mapping).read_text(encoding="utf-8")) if mapping else None
+        mapped = runs.read_json(Path(mapping)) if mapping else None
         classes = dict.fromkeys(name.split("/")[0] for name in files)
         index = {name: index_of(name, names, mapped) for name in classes}
         self.items = [(name, index[name.split("/")[0]]) for name in files]
@@ -385,6 +386,11 @@ def parse(args: list[str]):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--out", type=Path, default=Path("runs/classify"), help="folder of the table")
     options = parser.parse_args(args)
+    runs.check_options(options, budgets=1, n=1, batch=1, seed=0)
+    check_device(options.device, getattr(torch, options.dtype))
+    runs.writable(options.out)
+    if options.labels and not options.images:
+        raise ValueError(f"labels={options.labels!r} are of --images, a folder of class folders")
     if not options.model and not options.run:
         raise ValueError("neither --run nor --model: expected one of them")
     if unknown := sorted({*options.methods} - {*baselines.names()}):
@@ -395,13 +401,16 @@ def parse(args: list[str]):
 def main(args: list[str]) -> list[dict]:
     options = parse(args)
     models = [runs.read_selector(run)[1]["training"]["model"] for run in options.run]
-    vlm = FrozenVLM.from_pretrained(options.model or models[0], getattr(torch, options.dtype),
-                                    options.device)
-    classifier = Classifier.from_pretrained(options.classifier, options.device)
+    model = options.model or models[0]
+    shapes = FrozenVLM.from_pretrained(model, device="meta")
+    for run in options.run:                            # refused before a weight is read
+        runs.load_selector(run, shapes, "cpu")
+    names = read_config(options.classifier).id2label
     if options.images:
-        items = ClassFolder(options.images, classifier.names, options.labels or None, options.n,
-                            options.seed)
-    else:
+        items = ClassFolder(options.images, names, options.labels or None, options.n, options.seed)
+    vlm = FrozenVLM.from_pretrained(model, getattr(torch, options.dtype), options.device)
+    classifier = Classifier.from_pretrained(options.classifier, options.device)
+    if not options.images:
         items = Scenes(options.n, options.split)
     lines = classify(vlm, classifier, ways_of(vlm, options), items, options.budgets, options.batch,
                      options.rule)

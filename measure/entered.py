@@ -117,6 +117,10 @@ def main(args: list[str]) -> dict[str, tuple[int, int]]:
     if not options.script.is_file():
         raise FileNotFoundError(f"script={options.script}: expected a Python file, such as "
                                 "train.py")
+    try:
+        compile(options.script.read_bytes(), options.script, "exec")
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"script={options.script} is no Python: {error}") from error
     counts = run(options.script, options.arguments)
     print(f"\n{table(counts)}")
     return counts

@@ -206,6 +206,8 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/speed/backbones.md"),
                         help="file of the tables")
     options = parser.parse_args(args)
+    runs.check_options(options, text=0)
+    runs.writable_file(options.out)
     text = backbones(options.text)
     print(text)
     runs.write_text(options.out, text + "\n")

@@ -21,6 +21,7 @@ import copy
 import json
 import platform
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from PIL import Image
 from torch import nn
 
 import runs
+from backbones.checkpoints import check_device
 from benchmarks.costs import Clock, peak_bytes, training_bytes
 from common import FrozenVLM
 from data.batches import Batch
@@ -82,6 +84,10 @@ def method_options(options) -> dict:
             chosen[name] = json.loads(value)
         except ValueError:
             chosen[name] = value                              # a word
+    known = {option.name for name in runs.method_names()
+             for option in fields(runs.options_class(runs.load_method(name).Config))}
+    if unknown := sorted({*chosen} - known):
+        raise ValueError(f"options={unknown}: no method has such an option")
     return chosen
 
 
@@ -329,7 +335,8 @@ def parse(args: list[str]):
     add("--device", default="cuda" if cuda else "cpu", help="cpu or cuda")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
         help="of the frozen VLM")
-    add("--attn", default="sdpa", help="attn_implementation of transformers")
+    add("--attn", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"],
+        help="attn_implementation of transformers")
     add("--batch", type=int, default=8,
         help="rows of a training step with the language model [ours]")
     add("--pictures_batch", type=int, default=32,
@@ -346,7 +353,13 @@ def parse(args: list[str]):
     add("--variants", nargs="+", default=list(VARIANTS if cuda else VARIANTS[:1]), choices=VARIANTS,
         help="how a selection runs")
     add("--out", default="results/gpu/NAME", help="the two files, without their ending")
-    return parser.parse_args(args)
+    options = parser.parse_args(args)
+    runs.check_options(options, batch=1, pictures_batch=1, batches=1, pictures=1, side=1, text=0,
+                       answer=1, repeats=1)
+    check_device(options.device, getattr(torch, options.dtype))
+    runs.writable(Path(options.out).parent)
+    method_options(options)
+    return options
 
 
 def main(args: list[str]) -> dict:

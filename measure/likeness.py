@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import runs
+from backbones.checkpoints import check_device
 from benchmarks import answering, tiny_world
 from benchmarks.plots import draw_cosines
 from common import FrozenVLM
@@ -29,11 +30,7 @@ def first_questions(family: str, n: int) -> list:
 
 @torch.no_grad()
 def measure_likeness(vlm: FrozenVLM, selector, n: int, path: Path) -> dict:
-    """What draw_cosines() gives. Raises ValueError where a selector has no scores of the encoder's
-    tokens."""
-    if selector.rows == "question twice":
-        raise ValueError("this selector scores states inside the language model: expected one that "
-                         "scores the vision encoder's tokens")
+    """What draw_cosines() gives. Raises ValueError where a selector has no scores."""
     asked = answering.ask(vlm, first_questions(vlm.family, n))
     scores = selector.scores(asked.units, asked.question)
     if scores is None:
@@ -53,10 +50,16 @@ def main(args: list[str]) -> dict:
                         help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("likeness.png"), help="the picture")
     options = parser.parse_args(args)
-    _, about = runs.read_selector(options.run)
-    vlm = FrozenVLM.from_pretrained(about["training"]["model"], getattr(torch, options.dtype),
-                                    options.device)
-    selector, _ = runs.load_selector(options.run, vlm)
+    runs.check_options(options, n=1)
+    check_device(options.device, getattr(torch, options.dtype))
+    runs.writable_file(options.out)
+    model = runs.read_selector(options.run)[1]["training"]["model"]
+    shapes = FrozenVLM.from_pretrained(model, device="meta")
+    selector, _ = runs.load_selector(options.run, shapes, options.device)
+    if selector.rows == "question twice":
+        raise ValueError("this selector scores states inside the language model: expected one that "
+                         "scores the vision encoder's tokens")
+    vlm = FrozenVLM.from_pretrained(model, getattr(torch, options.dtype), options.device)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     means = measure_likeness(vlm, selector, options.n, options.out)
     for name, groups in means.items():

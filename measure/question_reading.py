@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import runs
+from backbones.checkpoints import check_device
 from benchmarks import answering, tiny_world
 from benchmarks.tables import cell, markdown
 from common import FrozenVLM
@@ -75,23 +76,30 @@ def main(args: list[str]) -> dict[int, list[list[float]]]:
     parser.add_argument("--out", type=Path, default=None,
                         help="folder of the table; without it: that of the first run")
     options = parser.parse_args(args)
+    runs.check_options(options, n_pictures=1, budgets=1)
+    check_device(options.device, getattr(torch, options.dtype))
+    out = options.out or Path(options.run[0])
+    runs.writable(out)
     training = runs.read_selector(options.run[0])[1]["training"]
-    vlm = FrozenVLM.from_pretrained(training["model"], getattr(torch, options.dtype),
-                                    options.device, protocol=training.get("protocol", "papers"))
-    questions = question_pairs(options.n_pictures, vlm.family)
-    measured = {k: [] for k in options.budgets}
-    for folder in options.run:
-        selector = runs.load_selector(folder, vlm)[0]
+    protocol = training.get("protocol", "papers")
+    shapes = FrozenVLM.from_pretrained(training["model"], device="meta", protocol=protocol)
+    selectors = [runs.load_selector(folder, shapes, options.device)[0] for folder in options.run]
+    for folder, selector in zip(options.run, selectors):
         if selector.rows != "question twice":
             raise ValueError(f"{folder} selects without the question: expected runs with "
                              "--select_after_layer")
+    vlm = FrozenVLM.from_pretrained(training["model"], getattr(torch, options.dtype),
+                                    options.device, protocol=protocol)
+    questions = question_pairs(options.n_pictures, vlm.family)
+    measured = {k: [] for k in options.budgets}
+    for selector in selectors:
         for k, shares in measure_reading(vlm, selector, questions, options.budgets).items():
             measured[k].append(shares)
     text = markdown(["K", "kept for both of two questions", "evidence for its own question",
                      "for the other"],
                     [[str(k), *(cell(x) for x in zip(*measured[k]))] for k in options.budgets])
     print(text)
-    runs.write_text((options.out or Path(options.run[0])) / "question_reading.md", text + "\n")
+    runs.write_text(out / "question_reading.md", text + "\n")
     return measured
 
 

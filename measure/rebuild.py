@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
 import runs
+from backbones.checkpoints import check_device
 from baselines import random_tokens
 from benchmarks import answering, tiny_world
 from benchmarks.plots import draw_rebuilt
@@ -235,16 +236,17 @@ def load(folders: list[str], dtype: torch.dtype, device: str, language: bool
          ) -> tuple[FrozenVLM, list]:
     """The runs' VLM and selectors. Raises ValueError for what does not rebuild a picture."""
     training = runs.read_selector(folders[0])[1]["training"]
-    vlm = FrozenVLM.from_pretrained(training["model"], dtype, device, language=language,
-                                    protocol=training.get("protocol", "papers"))
+    protocol = training.get("protocol", "papers")
+    shapes = FrozenVLM.from_pretrained(training["model"], device="meta", protocol=protocol)
     selectors = []
     for folder in folders:
-        selector = runs.load_selector(folder, vlm)[0]
+        selector = runs.load_selector(folder, shapes, device)[0]
         if not hasattr(selector, "rebuild") or selector.reads_language:
             raise ValueError(f"{folder} does not rebuild what the vision encoder says: expected "
                              "runs of the method recon without --select_after_layer")
         selectors.append(selector)
-    return vlm, selectors
+    return FrozenVLM.from_pretrained(training["model"], dtype, device, language=language,
+                                     protocol=protocol), selectors
 
 
 def main(args: list[str]) -> None:
@@ -264,6 +266,10 @@ def main(args: list[str]) -> None:
     parser.add_argument("--out", type=Path, default=None,
                         help="folder of tables and picture; without it: that of the first run")
     options = parser.parse_args(args)
+    runs.check_options(options, n_pictures=1, budgets=1)
+    check_device(options.device, getattr(torch, options.dtype))
+    out = options.out or Path(options.run[0])
+    runs.writable(out)
     vlm, selectors = load(options.run, getattr(torch, options.dtype), options.device,
                           options.answers)
     # a scene has at least one question
@@ -278,7 +284,6 @@ def main(args: list[str]) -> None:
     else:
         print(f"no stability.md: a picture reaches the encoder of {vlm.family} as up to "
               f"{max(views)} crops, whose masks do not lie over one another")
-    out = options.out or Path(options.run[0])
     out.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
         print(f"\n{text}")

@@ -23,6 +23,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 import runs
+from backbones.checkpoints import check_device
 from measure.speed import markdown
 
 WIDTH = 1024                               # of CLIP-L [ours]
@@ -122,6 +123,8 @@ def measure(options) -> tuple[list[list[str]], list[str]]:
     rows = []
     grid = [(name, n, batch, max(1, round(share * n))) for name in options.methods
             for n in options.tokens for batch in options.batches for share in options.budgets]
+    for name in options.methods:
+        codes[0].selection(name, 1, 2, 1, options.device)      # refused before anything is timed
     for name, n, batch, keep in tqdm(grid, "select"):
         calls = [code.selection(name, batch, n, keep, options.device) for code in codes]
         times = [[] for _ in calls]
@@ -160,6 +163,10 @@ def main(args: list[str]) -> str:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, help="file for the table, beside the screen")
     options = parser.parse_args(args)
+    runs.check_options(options, tokens=1, batches=1, budgets=(1e-6, 1), pairs=1, threads=(1, 1024))
+    check_device(options.device, torch.float32)
+    if options.out:
+        runs.writable_file(options.out)
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
     try:

@@ -386,6 +386,8 @@ def main(args: list[str]) -> None:
                         help="of the language model, to time it on a small machine; 0: all")
     parser.add_argument("--weights", action="store_true", help="random ones beside it")
     options = parser.parse_args(args)
+    runs.check_options(options, layers=0)
+    runs.writable(options.folder)
     write(options.name, options.folder, options.shrink, options.layers, options.weights)
     need = memory(config(options.name, options.shrink, options.layers))
     parts = ", ".join(f"{part} {size / 2**30:.2f}" for part, size in need.items())

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaModel
 
 import runs
+from backbones.checkpoints import check_device
 from benchmarks.costs import Clock
 from common import Units
 from measure import flops, shapes
@@ -198,6 +199,12 @@ def main(args: list[str]) -> list[dict]:
     parser.add_argument("--out", type=Path, default=Path("results/speed"),
                         help="folder of the tables")
     options = parser.parse_args(args)
+    runs.check_options(options, layers=1, tokens=1, batches=1, budgets=1, repeats=1)
+    if len({*options.budgets}) < 2 or max(options.budgets) > min(options.tokens):
+        raise ValueError(f"budgets={options.budgets}, tokens={options.tokens}: expected two K or "
+                         "more, none above N")
+    check_device(options.device, torch.bfloat16)
+    runs.writable(options.out)
     vlm = shapes.load(BACKBONE, device="meta")
     selectors = flops.build_methods(vlm)
     counted = flops_table(selectors, vlm.dim)

@@ -40,6 +40,7 @@ def main(args: list[str]) -> list[dict]:
     parser.add_argument("folder", type=Path, help="predictions files, or a folder above them")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder of table and picture")
     options = parser.parse_args(args)
+    runs.writable(options.out)
     lines = measure_spread(options.folder)
     text = tables.spread_table(lines)
     print(text)

@@ -6,6 +6,7 @@ Loss and its parts, gradient norm and, where the selector decides, kept tokens, 
 log.jsonl; means of 10 steps.
 """
 
+import json
 from pathlib import Path
 
 import runs
@@ -21,6 +22,13 @@ def main(args: list[str]) -> None:
         if not Path(run, "log.jsonl").exists():
             raise FileNotFoundError(f"{run} has no log.jsonl: expected the folder of a run; a "
                                     "shared selector has no log")
+        try:
+            lines = [json.loads(line) for line in Path(run, "log.jsonl").read_text().splitlines()]
+        except ValueError as error:
+            raise ValueError(f"{run}/log.jsonl is damaged ({error})") from error
+        if not lines:
+            raise ValueError(f"{run}/log.jsonl has no step yet")
+    runs.writable_file(options.out)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     draw_training(options.runs, options.out)
     print(f"drawn: {options.out}")

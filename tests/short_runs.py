@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 import train
 
 MODEL = "tiny/llava"
-SHORT = dict(model=MODEL, steps=4, batch=2, lr=2e-3, questions=2, layers=1, heads=2, workers=0,
-             save_every=2, evaluate=False, device="cpu")
+SHORT = dict(model=MODEL, steps=4, batch=2, lr=2e-3, layers=1, heads=2, workers=0, save_every=2,
+             evaluate=False, device="cpu")
 OWN = {"autoselect": dict(keep=[16]), "stepprune": dict(max_steps=12, text_steps=2),
        "recon_selector": {}}
 
@@ -19,6 +19,8 @@ def flags(folder, method="autoselect", **changes) -> list[str]:
     """The command line of a short run."""
     words = []
     options = {**SHORT, **OWN.get(method, {}), **changes}
+    if method[:5] != "recon" and not {"data", "images", "epochs"} & {*changes}:
+        options.setdefault("questions", 2)                     # of a scene
     for name, value in {"method": method, "run": folder, **options}.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]

@@ -97,6 +97,32 @@ def test_hard_topk_error_names_both_numbers():
         hard_topk(s, [1, 2, 3])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_scores_that_are_not_finite_are_refused_by_row(bad):
+    s, valid = torch.randn(3, 6), padding(6, 4, 6)
+    s[1, 5] = bad                                    # padding: nobody looks at it
+    kept = [i.tolist() for i in hard_topk(s, 2, valid)]
+    s[1, 5] = 0
+    assert [i.tolist() for i in hard_topk(s, 2, valid)] == kept
+    s[2, 0] = bad
+    with pytest.raises(ValueError, match="^row 2 has scores that are no finite numbers"):
+        hard_topk(s, 2, valid)
+    with pytest.raises(ValueError, match="^row 0 has scores"):
+        hard_topk(s[2:], 2)
+
+
+def test_features_that_are_not_finite_are_refused_and_change_no_other_row():
+    model = shake(AutoSelect(Config(**TINY))).eval()
+    v, valid = torch.randn(3, 9, 16), padding(9, 5, 9)
+    before = select(model, v, valid)
+    v[1, 2, 3] = math.nan
+    with pytest.raises(ValueError, match="^row 1 has scores that are no finite numbers"):
+        select(model, v, valid)
+    for row in (0, 2):
+        alone, here = v[row:row + 1], valid[row:row + 1]
+        assert torch.equal(select(model, alone, here)[0], before[row])
+
+
 # ---- Eq. (3): scorer
 
 

@@ -935,3 +935,38 @@ def test_asked_twice_the_question_stands_before_and_behind_the_image(vlm, pictur
         for twice in (False, True)
     )
     assert torch.allclose(*once, atol=1e-9) and not torch.allclose(*asked, atol=1e-3)
+
+
+# --------------------------------------------------------------------------------------- not finite
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_a_picture_whose_features_are_not_finite_is_named(vlm, pictures, broken):
+    """Such as half precision makes them where it overflows."""
+    batch = vlm.pictures(pictures)
+    before = vlm.encode(batch)
+    encode = vlm.adapter.encode
+    for row in range(len(pictures)):
+        at = (before.image_of == row).nonzero()[-1]
+
+        def overflow(batch, at=at):
+            feats, grid = encode(batch)
+            feats[at, ..., -1] = broken
+            return feats, grid
+
+        vlm.adapter.encode = overflow
+        try:
+            with pytest.raises(ValueError, match=f"^row {row} has features of the vision encoder"):
+                vlm.encode(batch)
+        finally:
+            vlm.adapter.encode = encode
+    assert torch.equal(vlm.encode(batch).feats, before.feats)
+
+
+def test_the_features_of_half_precision_overflow_in_no_silence(tmp_path):
+    """A real one: a layer norm that scales up to what float16 has no number for."""
+    path = llava(tmp_path)
+    vlm = FrozenVLM.from_pretrained(path, torch.float16)
+    vlm.adapter.model.vision_tower.encoder.layers[1].layer_norm2.weight.data.fill_(6e4)
+    with pytest.raises(ValueError, match="row 0 .*: choose a dtype of more range, bfloat16"):
+        vlm.encode(vlm.pictures([Image.effect_noise((24, 24), 90)]))

@@ -18,7 +18,7 @@ FLOORS = ["checkpoints", "common", "runs", "backbones", "baselines", "autoselect
           "examples"]
 ALONE = {"autoselect": {"common", "runs"}, "recon_selector": {"common", "runs", "baselines"},
          "stepprune": {"common", "runs", "autoselect"}, "runs": set(),
-         "tiny": {"common"}}
+         "tiny": {"common", "runs"}}
 CHECKPOINTS = "backbones.checkpoints"      # files and devices: below all, though in an upper room
 CORE = ("common.py", "autoselect.py", "train.py", "evaluate.py")
 

@@ -465,3 +465,16 @@ def test_sizes_follow_from_the_vlm(layer, width):
     assert (cfg.width, cfg.patch, cfg.channels, cfg.grid) == (width, 28, 16, 24)
     vlm.width, vlm.fingerprint = 1024, lambda: {"vision_side": 12}
     assert (rs.Config.of(vlm).channels, rs.Config.of(vlm).grid) == (64, 12)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("keep", [4, None])
+def test_features_that_are_not_finite_are_refused_by_row(bad, keep):
+    net = model()
+    v, _ = inputs()
+    before = net.select(units_of(v), None, keep)
+    v[1, 3, 5] = bad
+    with pytest.raises(ValueError, match="^row 1 has scores that are no finite numbers"):
+        net.select(units_of(v), None, keep)
+    for row in (0, 2):
+        assert torch.equal(net.select(units_of(v[row:row + 1]), None, keep)[0], before[row])

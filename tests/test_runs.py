@@ -6,8 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +19,7 @@ from short_runs import flags, kill_at, same, short_run, weights, without_time
 
 import runs
 import train
+from benchmarks import plots
 from common import FrozenVLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,6 +131,42 @@ def test_what_cannot_be_written_leaves_no_part_and_the_old_one(tmp_path):
     assert path.read_text() == "old"
 
 
+@pytest.fixture
+def room_for():
+    """room_for(n): no file of this process may get longer than n bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_half_a_line_onto_a_full_disk_is_taken_back(tmp_path, room_for, sync):
+    path = tmp_path / "log.jsonl"
+    runs.append(path, "whole\n", sync)
+    room_for(10)
+    with pytest.raises(OSError, match=r"log\.jsonl cannot be written .*make room"):
+        runs.append(path, "does not fit\n", sync)
+    assert path.read_text() == "whole\n"
+    room_for(100)
+    runs.append(path, "fits\n", sync)
+    assert path.read_text() == "whole\nfits\n"
+
+
+def test_the_log_and_pictures_say_that_the_disk_is_full(tmp_path, room_for):
+    log = runs.open_log(tmp_path / "log.jsonl", 0, is_main=True)
+    log({"step": 0})
+    plots.save(plt.figure(figsize=(1, 1)), tmp_path / "old.png")
+    before = (tmp_path / "old.png").read_bytes()
+    room_for(30)
+    with pytest.raises(OSError, match=r"log\.jsonl cannot be written"):
+        log({"step": 1, "loss": 0.123456789})
+    with pytest.raises(OSError, match=r"old\.png cannot be written"):
+        plots.save(plt.figure(figsize=(2, 2)), tmp_path / "old.png")
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n'
+    assert (tmp_path / "old.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_checkpoint_onto_a_full_disk_names_the_file(tmp_path):
     with pytest.raises(OSError, match="x.pt cannot be written"):
@@ -169,3 +210,56 @@ def test_a_selector_of_nan_is_refused(tmp_path, vlm):
     save_file(tensors, file)
     with pytest.raises(ValueError, match="scorer.head.weight and 0 more weights are not finite"):
         runs.load_selector(tmp_path, vlm, "cpu")
+
+
+def test_a_folder_that_can_be_written_is_not_made(tmp_path):
+    assert runs.writable(tmp_path / "a/b") == tmp_path / "a/b"
+    runs.writable_file(tmp_path / "a/table.md")
+    assert not [*tmp_path.iterdir()]
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        with pytest.raises(OSError, match=f"nothing can be written into .*{folder} .*: name anoth"):
+            runs.writable(tmp_path / folder)
+    with pytest.raises(OSError, match="is a folder: expected the name of a file"):
+        runs.writable_file(tmp_path)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Makes the repositories of user, of nobody else."""
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        made = asked.get("organization") == "user"
+        body = json.dumps({"url": f"https://huggingface.co/user/{asked['name']}"} if made else
+                          {"error": "no right to it"}).encode()
+        self.send_response(200 if made else 403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
+                        f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub, monkeypatch):
+    runs.open_repository("user/new")
+    for name in ("nobody", "a/b/c", "user/-x", "user/a b"):
+        with pytest.raises(ValueError, match=f"push='{name}': expected user/name"):
+            runs.open_repository(name)
+    with pytest.raises(OSError, match="push='other/new': the hub makes no such .*no right to it"):
+        train.main(flags(tmp_path / "run", push="other/new"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "1")                       # the first process has said it
+    runs.open_repository("other/new")

@@ -635,3 +635,20 @@ def test_calls_that_cannot_work():
         net.select(units, question, [1, 2])
     with pytest.raises(ValueError, match="a mean of 20 tokens: expected 1 to 5"):
         sp.calibrate(torch.zeros(2, 5), 20)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused_by_row(bad):
+    """Else all logits are NaN, and an argmax takes one token over and over."""
+    net = model()
+    v, valid, *question = inputs()
+    before = net.picks(*asked(v, valid, *question), sp.NEVER, most=4)
+    v[1, 3, 5] = bad
+    units, text = asked(v, valid, *question)
+    for use in (lambda: net.picks(units, text), lambda: net.select(units, text, 4),
+                lambda: net.scores(units, text), lambda: net.calibrated([4], [(units, text)], 4)):
+        with pytest.raises(ValueError, match="^row 1 has states of the tokens that are no finite"):
+            use()
+    for row in (0, 2):
+        alone = asked(*(x[row:row + 1] for x in (v, valid, *question)))
+        assert torch.equal(net.picks(*alone, sp.NEVER, most=4)[0], before[row])

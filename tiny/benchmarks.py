@@ -9,7 +9,6 @@ that they have not learnt.
     python evaluate.py --model DIR/llava --data_root DIR --benchmarks pope mme gqa --methods all
 """
 
-import argparse
 import io
 import json
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, Features, Image, List
 
+import runs
 from tiny import scenes
 
 ROUND = 1_000_000                     # MMBench: how far apart a question's rotated copies stand
@@ -164,12 +164,13 @@ def reader(source: Path, out: Path) -> None:
     file.write_text(json.dumps(tokenizer))
 
 
-def main(args=None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dir", type=Path)
-    parser.add_argument("--n", type=int, default=60, help="questions of each, about [60]")
+def main(args: list[str]) -> None:
+    parser = runs.Parser([], description=__doc__)
+    parser.add_argument("dir", type=Path, help="where it goes")
+    parser.add_argument("--n", type=int, default=60, help="questions of each, about")
     cfg = parser.parse_args(args)
+    runs.check_options(cfg, n=2)
+    runs.writable(cfg.dir)
     short(cfg.dir, cfg.n)
     letters(cfg.dir, cfg.n)
     for name in ("llava", "qwen2_5_vl"):
@@ -178,4 +179,4 @@ def main(args=None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    runs.command(main)

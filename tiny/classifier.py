@@ -7,7 +7,6 @@ picture but in part; and, for a head that is thrown away, the kind and the colou
 patch, without which it takes many times as long.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,7 +19,8 @@ from tqdm import tqdm
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import scenes  # noqa: E402  (run as a script, the project's root is not on the path yet)
+import runs  # noqa: E402  (run as a script, the project's root is not on the path yet)
+from tiny import scenes  # noqa: E402
 
 LABELS = list(scenes.COLOURS)
 FIRST = 3_000_000_000  # its training scenes: those of no split, and of no selector
@@ -137,18 +137,15 @@ def train(model, steps: int, pool: int, lr: float = 3e-3) -> None:
         hook.remove()
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} pictures [%(default)s]")
-    parser.add_argument(
-        "--pool", type=int, default=12000, help="training scenes, rendered once [%(default)s]"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "vit", help="where it goes [tiny/vit]"
-    )
-    args = parser.parse_args()
+def main(words: list[str]) -> None:
+    parser = runs.Parser([], description=__doc__)
+    parser.add_argument("--steps", type=int, default=700, help=f"of {BATCH} pictures")
+    parser.add_argument("--pool", type=int, default=12000, help="training scenes, rendered once")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("vit"),
+                        help="where it goes")
+    args = parser.parse_args(words)
+    runs.check_options(args, steps=1, pool=BATCH)
+    runs.writable(args.out)
     model = build()
     train(model, args.steps, args.pool)
     model.bfloat16().save_pretrained(args.out)
@@ -159,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.command(main)

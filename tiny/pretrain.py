@@ -17,7 +17,6 @@ stage is resumed where it was killed):
     save       bf16 safetensors, tokenizer, processor and chat template into tiny/<model>/
 """
 
-import argparse
 import math
 import os
 import sys
@@ -46,7 +45,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tiny import scenes  # noqa: E402  (run as a script, the project's root is not on the path yet)
+import runs  # noqa: E402  (run as a script, the project's root is not on the path yet)
+from tiny import scenes  # noqa: E402
 
 N, CELL = 144, scenes.CELL
 SIZES = {
@@ -647,27 +647,28 @@ def train_language(name, model, tok, store, args, stages, device):
     Trainer(modules, args.language_steps, args.lr, stages / "language.pt").run(batch_loss, report)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def main(words: list[str]) -> None:
+    parser = runs.Parser([], description=__doc__)
     parser.add_argument("--model", choices=list(SIZES), required=True)
     parser.add_argument(
-        "--pool", type=int, default=24576, help="training scenes, rendered once [%(default)s]"
+        "--pool", type=int, default=24576, help="training scenes, rendered once"
     )
     parser.add_argument(
-        "--batch", type=int, default=64, help="pictures a step; divides 64 [%(default)s]"
+        "--batch", type=int, default=64, help="pictures a step; divides 64"
     )
     parser.add_argument(
-        "--language_batch", type=int, default=32, help="dialogues a step [%(default)s]"
+        "--language_batch", type=int, default=32, help="dialogues a step"
     )
-    parser.add_argument("--vision_steps", type=int, default=1600, help="[%(default)s]")
-    parser.add_argument("--language_steps", type=int, default=1800, help="[%(default)s]")
+    parser.add_argument("--vision_steps", type=int, default=1600, help="of stage vision")
+    parser.add_argument("--language_steps", type=int, default=1800, help="of stage language")
     parser.add_argument(
-        "--lr", type=float, default=3e-3, help="of Muon and AdamW, after warm-up [%(default)s]"
+        "--lr", type=float, default=3e-3, help="of Muon and AdamW, after warm-up"
     )
     parser.add_argument("--out", type=Path, help="where the checkpoint goes [tiny/<model>]")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
+    runs.check_options(
+        args, pool=64, batch=1, language_batch=1, vision_steps=1, language_steps=1, lr=0
+    )
     if 64 % args.batch or 64 % args.language_batch or args.pool % 64:
         parser.error(
             f"--batch {args.batch} and --language_batch {args.language_batch} must divide 64, and "
@@ -675,6 +676,7 @@ def main():
         )
     name, device = args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = args.out or Path(__file__).parent / name
+    runs.writable(out)
     stages = out / "stages"
     stages.mkdir(parents=True, exist_ok=True)
     tok = build_tokenizer(name)
@@ -691,4 +693,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.command(main)

@@ -732,3 +732,11 @@ def test_random_draws_for_every_picture_by_its_name():
     draws = {tuple(baselines.way("random", None, seed=seed).select(alone, 3)[0].tolist())
              for seed in range(8)}
     assert len(draws) > 1
+
+
+def test_hireds_whole_picture_takes_its_share_what_it_has_and_what_the_crops_have_no_room_for():
+    units = crops([.5, .1, .3, .1], [.4, .3, .2, .1] * 3)
+    for alpha, k, of_whole in ((.5, 7, 3), (.25, 8, 2), (.9, 8, 4), (.2, 11, 3), (0., 9, 1),
+                               (1., 3, 3)):
+        keep = kept(hired.select, units, k, alpha=alpha)
+        assert len(keep) == k and sum(unit < 4 for unit in keep) == of_whole, (alpha, k)

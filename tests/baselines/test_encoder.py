@@ -1,5 +1,6 @@
 """What rivals read off the vision encoder, against the stock model's own attention."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from test_common import QUESTIONS
+from tiny_models import MODELS
 from transformers import AutoModelForImageTextToText
 
 from baselines.encoder import deepest, encode
+from common import FrozenVLM
 
 EXACT = dict(rtol=0, atol=1e-9)
 
@@ -176,3 +179,31 @@ def test_crop_of_looks_where_the_crops_are(vlm, asked, images, family):
     assert torch.equal(here.readings["crop"][:16] == 1, bright)
 
 
+@torch.no_grad()
+def test_queries_and_keys_are_normalised_where_the_encoder_does(tmp_path):
+    """InternVL's larger encoders have q_norm and k_norm in front of their attention."""
+    path = MODELS["internvl"](tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["use_qk_norm"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64,
+                                                        attn_implementation="eager")
+    attentions = [part for part in model.model.vision_tower.modules() if hasattr(part, "q_norm")]
+    for attention in attentions:                       # unlike one another, and unlike 1
+        attention.q_norm.weight.copy_(torch.rand(16) + .5)
+        attention.k_norm.weight.copy_(torch.rand(16) + 2)
+    model.save_pretrained(path)
+    vlm = FrozenVLM.from_pretrained(path, torch.float64)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), np.uint8))
+    batch = vlm.batch([picture], [[(QUESTIONS[0], None)]])
+    layer = deepest(vlm.adapter)
+    read = encode(vlm, batch, {"a": ("received", layer), "k": ("keys", layer)}).readings
+    seen = []
+    attentions[layer].register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    attentions[layer].k_norm.register_forward_hook(lambda module, args, keys: seen.append(keys))
+    model.model.vision_tower(vlm.adapter.tiles(batch))
+    keys, weights = seen
+    received = to_units(weights.mean((1, 2))[..., None], "internvl", model, batch)[:, 0]
+    torch.testing.assert_close(read["a"].double(), received, rtol=0, atol=2e-6)
+    of_units = to_units(keys.unflatten(-1, (2, 8)).mean(-2), "internvl", model, batch)
+    torch.testing.assert_close(read["k"].double(), of_units, rtol=0, atol=1e-5)

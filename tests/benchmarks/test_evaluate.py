@@ -1,6 +1,7 @@
 """evaluate.py as a command: cut off and continued, in two processes, and from the files alone."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -134,11 +135,16 @@ def test_options_go_to_the_load_that_has_them():
         (["--methods", "nonsense"], "known are .*random"),
         (["--budgets", "1.5"], "budgets=.*1.5"),
         (["--budgets", "-3"], "budgets=.*-3"),
+        (["--backbone", "nonsense"], "backbone=.*known are LLaVA-1.5-7B"),
+        (["--data_root", "tiny"], "data_root='tiny': expected .* holds tiny_world"),
+        (["--device", "tpu"], "device='tpu': this machine has cpu"),
+        (["--out", "README.md/below"], "nothing can be written into README.md/below"),
+        (["--rescore", "tiny", "--budgets", "16"], "model=.*: --rescore does not read it"),
     ],
 )
 def test_a_wrong_command_is_refused_before_a_model_is_loaded(monkeypatch, more, words):
     monkeypatch.setattr(FrozenVLM, "from_pretrained", None)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, OSError), match=words):
         evaluate.main(["--model", "tiny/llava", *more])
 
 
@@ -238,6 +244,28 @@ def test_a_selector_of_another_backbone_is_refused_before_a_weight_is_read(tmp_p
     monkeypatch.setattr(common, "read_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(ValueError, match="was trained for another backbone"):
         evaluate.main(["--model", "tiny/qwen2_5_vl", "--run", STEPPRUNE, "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--calibration", "7"], "calibration=7: a run that keeps .* does not read it"),
+    (["--ways", "exactly"], r"ways=\['exactly'\]: this method has gated"),
+])
+def test_what_no_run_reads_is_refused_before_a_weight_is_read(tmp_path, monkeypatch, more, words):
+    monkeypatch.setattr(common, "read_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ValueError, match=words):
+        evaluate.main(["--run", "results/autoselect_tiny/selector", "--device", "cpu", "--out",
+                       str(tmp_path), *more])
+
+
+@pytest.mark.parametrize("others", [[], ["random", "sparsevlm"]])
+def test_a_budget_that_a_rival_cannot_have_leaves_out_its_row_alone(tmp_path, capsys, others):
+    lines = evaluate.main([
+        "--model", "tiny/llava", "--methods", "pdrop", *others, "--budgets", "16", "--sample", "4",
+        "--resamples", "20", "--device", "cpu", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    for name in ["pdrop", *others[1:]]:
+        assert re.search(f"{name} 16: left out, keep=16 .* the least is 36.8", said)
+    assert [line["method"] for line in lines] == ["vanilla", *others[:1]]
 
 
 @pytest.mark.parametrize("option, value", [

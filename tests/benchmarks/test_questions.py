@@ -268,3 +268,9 @@ def test_places_keep_lists_nulls_and_what_is_read_last_is_kept(tmp_path, monkeyp
     (tmp_path / "test.parquet").write_bytes(b"no longer")
     with pytest.raises(ValueError, match="test.parquet: cannot be read"):
         picture(rows[5]["images"][0])
+
+
+@pytest.mark.parametrize("split", [7, None, ["test"]])
+def test_a_split_that_is_no_name_is_refused(tmp_path, split):
+    with pytest.raises(ValueError, match="^split=.*expected its name, such as test"):
+        table(("x/y",), tmp_path, None, split, ("image",))

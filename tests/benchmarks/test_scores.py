@@ -536,3 +536,36 @@ def test_every_printed_average_is_that_of_its_row_or_said_not_to_be():
             assert n == len(x["scores"]) and (
                 x["average"] is None or abs(value - x["average_recomputed"]) < 0.02
             )
+
+
+def test_strata_are_drawn_independently_each_from_a_seed_of_its_own():
+    rows = [row(i, "yes", {"answer": "yes" if i % 7 else "no", "category": "ab"[i // 8],
+                           "pair": i // 2}) for i in range(16)]
+    values = scores.group_scores(SUM, rows)
+    by_hand = 0
+    for number, x in enumerate(values):
+        rng = np.random.default_rng([3, number])
+        by_hand += np.array([x[rng.integers(0, 4, 4)].mean() for _ in range(20)])
+    assert np.allclose(scores.bootstrap(SUM, rows, 3, 20), by_hand)
+
+
+def test_draws_in_which_the_whole_model_has_no_point_stand_in_no_interval(tmp_path, known):
+    """Of four questions of which it answers one, a third of all draws has none right."""
+    known({"one": SHARE})
+    written(tmp_path, "one", "vanilla", 0, "abbb")
+    written(tmp_path, "one", "random", 8, "aabb")
+    files, _ = scores.complete_files(tmp_path)
+    base, own = (scores.bootstrap(SHARE, files["one"][key], 0, 200)
+                 for key in (scores.VANILLA, ("random", 8)))
+    result = scores.summarise(files, 0, 200)[1]["scores"]["one"]
+    assert 20 < (base == 0).sum() < 100
+    ratio = 100 * own[base > 0] / base[base > 0]
+    assert result["retention_interval"] == pytest.approx(scores.interval(ratio))
+
+
+def test_a_printed_share_is_ours_within_a_fifth_of_a_percent_and_a_number_is_itself():
+    same = [(1 / 3, .333), (.2222, .222), (.1111, .111), (.3333, .3345), (64, 64), (0, None)]
+    other = [(.3333, .3355), (.22, .2222), (.0002, .0025), (64, 65), (64, 63.9990), (.9995, 1),
+             (1, .9995), (0, 64), (64, None), ("mask", 64), (64, "mask")]
+    assert all(scores.is_budget(*pair) for pair in same)
+    assert not [pair for pair in other if scores.is_budget(*pair)]

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import time
 from types import SimpleNamespace
 
@@ -203,3 +204,21 @@ def test_features_of_something_else_are_refused_and_named(tmp_path):
     FeatureCache(tmp_path, KEY, torch.float32)
     with pytest.raises(ValueError, match="something else .pictures: 5 there, 6 here.: name"):
         FeatureCache(tmp_path, {**KEY, "pictures": 6}, torch.float32)
+
+
+def test_a_full_disk_is_said_and_what_is_whole_stays(tmp_path, vlm, pictures):
+    units = [vlm.encode(vlm.pictures([picture])) for picture in pictures]
+    size = units[0].feats.numel() * units[0].feats.element_size()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, hard))         # room for one and a bit
+    try:
+        with pytest.raises(OSError, match=r"\.bin cannot be written .*make room"):
+            FeatureCache(tmp_path, KEY, vlm.dtype).fill(5, range(5), lambda number: units[number])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    cache = FeatureCache(tmp_path, KEY, vlm.dtype)
+    assert len(cache) == 1
+    missing = iter(cache.missing(5))
+    cache.fill(5, range(4), lambda _: units[next(missing)])
+    for number, whole in enumerate(units):
+        equal(cache.units([number]), whole)

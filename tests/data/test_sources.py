@@ -774,3 +774,23 @@ def test_items_go_through_the_model(tmp_path, vlm):
     batch = vlm.batch(images, turns)
     loss = vlm.loss(vlm.embed(batch, vlm.encode(batch)))
     assert torch.isfinite(loss) and (batch["labels"] != -100).sum(1).tolist()[1] > 2
+
+
+def test_a_split_that_the_hub_lacks_is_refused_with_those_it_has(tmp_path):
+    cell = {"bytes": b"x", "path": "a.png"}
+    for path in ("lmms-lab-encoder/DocVQA/DocVQA/validation-00000-of-00001.parquet",
+                 "HuggingFaceM4/ChartQA/data/train-00000-of-00001.parquet"):
+        file = tmp_path / "hub" / path
+        file.parent.mkdir(parents=True)
+        pq.write_table(pa.table({"image": [cell]}), file)
+    with serving(tmp_path / "hub") as server:
+        said = ask_hub(server, tmp_path, """
+from data.sources import open_source
+for name in ("docvqa", "chartqa"):
+    try:
+        open_source(name, split="nosuch")
+    except OSError as error:
+        print(name, " ".join(str(error).split()))
+""")
+    assert "no parquet files of the split 'nosuch': it has validation" in said["docvqa"]
+    assert "no parquet files of the split 'nosuch': it has train" in said["chartqa"]

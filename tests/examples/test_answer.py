@@ -218,7 +218,7 @@ def test_what_cannot_work_is_said_before_anything_is_answered(photo, tmp_path, m
              "cannot read --image nowhere.png"),
             ([*asked, TURNS[0], "--image", thin], ValueError,
              "cannot use --image .*thin.png: too oblong: 2001x10 pixels"),
-            ([*asked, TURNS[0], "--budgets", "0"], ValueError, "numbers from 1"),
+            ([*asked, TURNS[0], "--budgets", "0"], ValueError, "budgets=0: expected at least 1"),
             ([*asked, TURNS[0], "--methods", "best"], ValueError,
              r"methods=\['best'\]: known are"),
             ([*asked, TURNS[0], "--ways", "exactly"], ValueError,

@@ -1,0 +1,88 @@
+"""What every option is unless told otherwise, and the least that it may be."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+import runs
+import train
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = runs.method_names()
+# of each method the least of its options, and the most where there is one
+LEAST = {
+    "autoselect": dict(layers=1, tau_start=1e-6, tau_end=1e-6),
+    "stepprune": dict(max_text=1, max_steps=1, layers=0, decoder_layers=1, tau_pointer=1e-6,
+                      gamma=0, momentum=0, hops=-1, tau_start=1e-6, tau_end=1e-6, length_weight=0,
+                      length_weight_end=0, text_steps=0),
+    "recon_selector": dict(layers=1, rebuild_layers=1, image_layers=0, keep_low=0, alpha1=0,
+                           alpha2=0, tau=1e-6, select_after_layer=0)}
+MOST = {"stepprune": dict(gamma=1, momentum=1), "recon_selector": dict(keep_high=1)}
+# what a large encoder trains with: nobody has run it here, so nothing else would tell
+LARGE = {
+    "autoselect": dict(steps=5000, batch=32, lr=1e-4, autocast=True, layers=5, heads=16),
+    "stepprune": dict(steps=5000, batch=16, lr=1e-4, autocast=True, layers=2, heads=16,
+                      tau_start=1.0, tau_end=0.2, max_steps=192, max_text=512),
+    "recon_selector": dict(steps=0, epochs=100.0, batch=32, lr=1e-5, autocast=True, layers=4,
+                           heads=16)}
+
+
+def beside(value, step):
+    return value + step * (1 if isinstance(value, int) and value != 0 else 1e-7)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_least_and_the_most_of_an_option_are_taken_and_what_is_beyond_is_not(name):
+    config = runs.load_method(name).Config
+    for bounds, beyond in ((LEAST[name], -1), (MOST.get(name, {}), 1)):
+        for option, value in bounds.items():
+            assert getattr(config(**{option: value}), option) == value
+            with pytest.raises(ValueError, match=f"^{option}=.*: expected "):
+                config(**{option: beside(value, beyond)})
+
+
+@pytest.mark.parametrize("config, least", [
+    (train.TrainConfig, dict(batch=1, save_every=1, questions=1, micro=0, lr=0, seed=0,
+                             workers=0)),
+    (evaluate.EvalConfig, dict(sample=0, calibration=1, batch=0, resamples=1, seed=0))])
+def test_the_least_of_what_training_and_evaluation_take(config, least):
+    steps = dict(steps=1) if config is train.TrainConfig else {}
+    for option, value in least.items():
+        assert getattr(config(**steps, **{option: value}), option) == value
+        with pytest.raises(ValueError, match=f"^{option}=.*: expected at least {value}"):
+            config(**steps, **{option: value - 1})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_shipped_selectors_were_trained_with_the_defaults(name, monkeypatch):
+    """So that whoever types the command of the README gets what results/ shows."""
+    run = name.removesuffix("_selector")
+    about = json.loads((ROOT / f"results/{run}_tiny/selector/config.json").read_text())
+    config, options = train.parse(["--method", name])
+    steps = about["training"].pop("steps")
+    assert (config.steps or config.epochs * config.n_pictures / config.batch) == steps
+    assert {key: getattr(config, key) for key in about["training"]} == about["training"]
+    same = {key: value for key, value in vars(options).items() if key != "keep"}
+    assert same == {key: about["cfg"][key] for key in same}
+    if "keep" in about["cfg"]:                         # then of 144 tokens, now in shares
+        assert [round(144 * share) for share in options.keep] == about["cfg"]["keep"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_large_encoder_trains_with_other_defaults(name):
+    module = runs.load_method(name)
+    assert module.LARGE == LARGE[name]
+    assert runs.preset(module, 512) is module.LARGE and runs.preset(module, 511) is module.TINY
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sizes_that_nobody_gives_are_those_of_llava(name):
+    """336 pixels in patches of 14, CLIP's width, the width of Vicuna."""
+    config = runs.load_method(name).Config
+    vlm = SimpleNamespace(width=1024, dim=4096, unit_side=14,
+                          fingerprint=lambda: {"vision_side": 24})
+    assert dataclasses.asdict(config.of(vlm)) == dataclasses.asdict(config())
