@@ -29,7 +29,7 @@ cards: .venv/ready
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
 		--sample 2000 --draw False --out results/tiny_$$m; done
 SHARES := --budgets 0.33333 0.22222 0.11111
-QWEN := $(foreach m,autoselect stepprune recon,runs/$(m)_qwen_s0/selector)
+QWEN := $(foreach m,autoselect stepprune,runs/$(m)_qwen_s0/selector)
 rivals: .venv/ready $(QWEN)
 	$(BIN)/python evaluate.py --run $(SHIPPED) --methods all $(SHARES) --out results/rivals_llava
 	$(BIN)/python evaluate.py --run $(QWEN) --methods all $(SHARES) --out results/rivals_qwen2_5_vl

@@ -293,15 +293,15 @@ def loop(config, vlm, selector, optimiser, feed, first_step: int, accelerator) -
     run, is_main = Path(config.run), accelerator.is_main_process
     log = runs.open_log(run / "log.jsonl", first_step, is_main)
     start, skipped, shown = time.perf_counter(), set(), Counter()
-    numbers = range(first_step, config.steps)
-    bar = tqdm(numbers, "train", initial=first_step, total=config.steps, disable=not is_main)
+    bar = tqdm(range(first_step, config.steps), "train", initial=first_step, total=config.steps,
+               disable=not is_main)
     for number in bar:
+        here = f"step {number}, items from {number * config.batch} on of {config.data}"
         items = item_numbers(config, number, accelerator)
         parts = [next(feed).to(vlm.device) for _ in items]
         step = Step(number, config.steps, config.seed, items, accelerator, config.autocast)
 
-        lr = selector.learning_rate(config.lr, number, config.steps)
-        optimiser.param_groups[0]["lr"] = lr
+        optimiser.param_groups[0]["lr"] = selector.learning_rate(config.lr, number, config.steps)
         optimiser.zero_grad(set_to_none=True)
         try:
             loss, numbers_to_log = train_step(selector, vlm, parts, step)
@@ -311,13 +311,14 @@ def loop(config, vlm, selector, optimiser, feed, first_step: int, accelerator) -
                 f"out of memory at step {number} with {config.micro} pictures at a time: the same "
                 f"command with --micro {less}, or --checkpointing on, goes on from the last "
                 "checkpoint") from error
+        except ValueError as error:
+            raise ValueError(f"{here}: {error}") from error
         # one step on an odd picture must not undo many good ones
         norm = torch.nn.utils.clip_grad_norm_(selector.parameters(), 1.0).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise RuntimeError(
-                f"loss {loss}, gradient norm {norm} at step {number}, items "
-                f"{number * config.batch} to {(number + 1) * config.batch - 1} of {config.data}: "
-                f"try a smaller --lr than {config.lr}; the last checkpoint is in {run}")
+                f"loss {loss}, gradient norm {norm} at {here}: try a smaller --lr than "
+                f"{config.lr}; the last checkpoint is in {run}")
         optimiser.step()
 
         log({"step": number, "loss": round(loss, 5), "grad_norm": round(norm, 5),
@@ -343,8 +344,7 @@ def check_fit(config: TrainConfig, selector, processes: int) -> None:
     micro = config.micro or 1
     if config.batch % (processes * micro):
         raise ValueError(f"batch={config.batch} on {processes} processes, micro={micro}: expected "
-                         f"a multiple of {processes * micro}, so that every part gets the same "
-                         "number")
+                         f"a multiple of {processes * micro}, for parts of equal size")
     if config.cache_features:
         runs.writable(config.cache_features)
     if config.cache_features and selector.rows == "question twice":

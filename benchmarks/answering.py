@@ -150,7 +150,12 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
     for way in filter(None, ways):
         needs |= way.needs
     with clock("vision", len(names)):
-        units = encode(vlm, pixels, needs)
+        try:
+            units = encode(vlm, pixels, needs)
+        except ValueError as error:
+            ids = ", ".join(questions[owner.index(b)].id for b in range(len(names)))
+            raise ValueError(f"{error}. The rows, from 0, are the pictures of the questions {ids}"
+                             ) from error
     pictures = QuestionBatch(vlm, units, list(range(len(names))), names, pixels)
     asked = QuestionBatch(vlm, units.rows(owner), owner, hashes, pixels,
                           vlm.question(inputs[orders[0]]), None, pictures, inputs,

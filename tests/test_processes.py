@@ -19,7 +19,7 @@ from short_runs import flags, kill_at, same, short_run, weights, without_time
 import autoselect
 import runs
 import train
-from common import FrozenVLM
+from common import FrozenVLM, LlavaAdapter
 from data.sources import open_source
 from tiny import scenes
 
@@ -125,10 +125,20 @@ def test_settings_that_cannot_work_stop_before_the_first_step(tmp_path, bad, mes
 def test_a_loss_that_is_no_number_names_the_step_and_its_pictures(tmp_path, monkeypatch):
     real = FrozenVLM.loss
     monkeypatch.setattr(FrozenVLM, "loss", lambda self, prompt: real(self, prompt) * float("nan"))
-    with pytest.raises(RuntimeError, match="loss nan, gradient norm nan at step 0, items 0 to 1 of "
-                                           "scenes"):
+    with pytest.raises(RuntimeError, match="loss nan, gradient norm nan at step 0, items from 0 on "
+                                           "of scenes"):
         short_run(tmp_path)
     assert not runs.checkpoints(tmp_path)
+
+
+def test_features_that_are_no_numbers_name_the_step_and_its_pictures(tmp_path, monkeypatch):
+    def broken(self, batch):
+        feats, grid = real(self, batch)
+        return feats * torch.inf, grid
+    real = LlavaAdapter.encode
+    monkeypatch.setattr(LlavaAdapter, "encode", broken)
+    with pytest.raises(ValueError, match="^step 0, items from 0 on of scenes: row 0 has features"):
+        short_run(tmp_path)
 
 
 @pytest.mark.parametrize("method", METHODS)

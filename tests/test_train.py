@@ -157,7 +157,7 @@ def test_the_command_itself_shows_a_traceback_only_where_it_is_asked_for(tmp_pat
     command = [sys.executable, "train.py", *flags(tmp_path, batch=3, micro=2)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert ended.stderr.strip().endswith("gets the same number (--traceback shows where)")
+    assert ended.stderr.strip().endswith("for parts of equal size (--traceback shows where)")
     traced = subprocess.run([*command, "--traceback"], capture_output=True, text=True)
     assert traced.returncode == 1 and "Traceback" in traced.stderr
 

@@ -56,6 +56,19 @@ def test_two_processes_share_a_run_and_one_continues_it(tiny, tmp_path):
             ) == timeless(rows)
 
 
+def test_features_that_are_no_numbers_name_the_questions(tiny, monkeypatch):
+    def broken(batch):
+        feats, grid = real(batch)
+        feats[144] = torch.nan                             # of the second picture
+        return feats, grid
+    real = tiny.adapter.encode
+    monkeypatch.setattr(tiny.adapter, "encode", broken)
+    questions = tiny_world.load(n=20)
+    first, other = questions[0], next(q for q in questions if q.id[:-2] != questions[0].id[:-2])
+    with pytest.raises(ValueError, match=f"row 1 has .*of the questions {first.id}, {other.id}$"):
+        answering.ask(tiny, [first, first, other])
+
+
 def mixed(n=6):
     """Questions about pictures of several sizes, two to one picture, for a model that takes them as
     they are."""
