@@ -583,3 +583,18 @@ def test_training_finds_the_informative_token():
         loss.backward()
         optim.step()
     assert before < 0.4 and hits() > 0.95
+
+
+def test_tokens_are_counted_in_whole_numbers():
+    """In float32 one more than 2^24 of them would be none more."""
+    model = AutoSelect(Config(**TINY))
+    model.count.fill_(2 ** 24)
+    units = Units(torch.randn(1, 16), torch.zeros(1, dtype=torch.int64), [(1, 1)])
+    model.observe(None, [(None, units)], SimpleNamespace(sum=lambda x: x))
+    assert int(model.count) == 2 ** 24 + 1
+
+
+def test_the_gated_way_is_there_when_it_is_asked_for():
+    model = AutoSelect(Config(**TINY))
+    assert [list(model.ways(names, [4], None)) for names in ([], ["gated"])] == [
+        [""], ["", " gated"]]

@@ -970,3 +970,27 @@ def test_the_features_of_half_precision_overflow_in_no_silence(tmp_path):
     vlm.adapter.model.vision_tower.encoder.layers[1].layer_norm2.weight.data.fill_(6e4)
     with pytest.raises(ValueError, match="row 0 .*: choose a dtype of more range, bfloat16"):
         vlm.encode(vlm.pictures([Image.effect_noise((24, 24), 90)]))
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"], indirect=True)
+@pytest.mark.parametrize("name, value", [("repetition_penalty", 0.01), ("repetition_penalty", 9.0),
+                                         ("num_beams", 4), ("do_sample", True)])
+def test_generation_settings_of_the_checkpoint_change_no_answer(vlm, asked, name, value):
+    """Penalties, beams and sampling stand in many a generation_config.json: answers are greedy."""
+    prompt, settings = vlm.embed(asked, vlm.encode(asked)), vlm.model.generation_config
+    answers, before = vlm.generate(prompt, 8), getattr(settings, name)
+    setattr(settings, name, value)
+    try:
+        assert vlm.generate(prompt, 8) == answers
+    finally:
+        setattr(settings, name, before)
+
+
+def test_a_prompt_may_have_as_many_tokens_as_the_model_has_positions(vlm, pictures, monkeypatch):
+    turns = [[(question, None)] for question in QUESTIONS]
+    n = int(vlm.batch(pictures, turns)["attention_mask"].sum(1).max())
+    monkeypatch.setattr(vlm, "limit", n)
+    vlm.batch(pictures, turns)
+    monkeypatch.setattr(vlm, "limit", n - 1)
+    with pytest.raises(ValueError, match=f"row . has {n} tokens.*expected at most {n - 1}"):
+        vlm.batch(pictures, turns)

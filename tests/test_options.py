@@ -6,7 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from accelerate import Accelerator
 
+import baselines
 import evaluate
 import runs
 import train
@@ -57,12 +60,80 @@ def test_the_least_of_what_training_and_evaluation_take(config, least):
             config(**steps, **{option: value - 1})
 
 
+def test_what_budgets_and_methods_may_be():
+    config = evaluate.EvalConfig(budgets=[1.0, 0.5, 64.0], methods=["all"])
+    assert config.budgets == [1, 0.5, 64] and list(map(type, config.budgets)) == [int, float, int]
+    assert {*baselines.names()} - {*config.methods} == {"evidence"}
+    assert evaluate.EvalConfig(methods=["evidence", "fastv"]).methods == ["evidence", "fastv"]
+    for budgets in ([], [1.5], [64, 0], [-1], [float("nan")]):
+        with pytest.raises(ValueError, match="^budgets=.*: expected "):
+            evaluate.EvalConfig(budgets=budgets)
+    for keep in ([], [0], [16, -1], [float("inf")], [float("nan")]):
+        with pytest.raises(ValueError, match="^keep=.*: expected "):
+            runs.load_method("autoselect").Config(keep=keep)
+    for steps in (dict(steps=0, epochs=0.5), dict(steps=2, epochs=0)):
+        train.TrainConfig(**steps)
+    with pytest.raises(ValueError, match="steps=0, epochs=0: expected one of them above 0"):
+        train.TrainConfig()
+
+
+def test_where_an_evaluation_goes_unless_told_otherwise(tmp_path):
+    run = tmp_path / "run"
+    (run / "selector").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (run / "selector" / name).write_bytes(
+            (ROOT / "results/autoselect_tiny/selector" / name).read_bytes())
+    for given, out, model in ((dict(run=[str(run)]), run, "tiny/llava"),
+                              (dict(run=[str(run / "selector")]), run, "tiny/llava"),
+                              (dict(model="tiny/vlm"), Path("runs/vlm"), "tiny/vlm"),
+                              (dict(model="m", run=[str(run)], out="o"), Path("o"), "m")):
+        config = evaluate.EvalConfig(**given, device="cpu")
+        evaluate.settle(config)
+        assert (Path(config.out), config.model) == (out, model)
+
+
+def test_a_way_and_a_step_are_plain_unless_told_otherwise():
+    way = runs.Way()
+    assert not (way.reads_question or way.adaptive or way.ask_twice or way.needs)
+    assert way.select is way.budgets is way.gate is way.stages is None
+    step = train.Step(0, 1, 0, [[0]], Accelerator(cpu=True))
+    assert not step.in_bfloat16 and step.part == 0 and step.answers == step.rows == 1
+
+
+def test_the_two_newest_checkpoints_stay(tmp_path):
+    net = torch.nn.Linear(1, 1)
+    for step in (2, 10, 9, 11):
+        runs.save_checkpoint(tmp_path, step, net, torch.optim.SGD(net.parameters(), 1.0))
+    assert [path.stem for path in runs.checkpoints(tmp_path)] == ["0000010", "0000011"]
+
+
+def test_the_rate_warms_up_in_50_steps_and_is_a_cosine():
+    rate = runs.Selector.learning_rate
+    assert [rate(2.0, number, 200) for number in (0, 24)] == pytest.approx([0.04, 0.9648], rel=1e-3)
+    assert [rate(2.0, number, 200) for number in (100, 200)] == pytest.approx([1.0, 0])
+
+
+@pytest.mark.parametrize("config", [
+    train.TrainConfig, evaluate.EvalConfig,
+    *(runs.options_class(runs.load_method(name).Config) for name in METHODS)])
+def test_every_option_says_what_it_is(config):
+    assert all(option.metadata["help"] for option in dataclasses.fields(config))
+
+
+def test_a_value_that_is_empty_is_said_to_be_missing(capsys):
+    with pytest.raises(SystemExit) as ended:
+        train.parse(["--method", "autoselect", "--run", ""])
+    assert ended.value.code == 2
+    assert "nothing stands behind --run: expected a value" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_the_shipped_selectors_were_trained_with_the_defaults(name, monkeypatch):
+def test_the_shipped_selectors_were_trained_with_the_defaults(name):
     """So that whoever types the command of the README gets what results/ shows."""
     run = name.removesuffix("_selector")
     about = json.loads((ROOT / f"results/{run}_tiny/selector/config.json").read_text())
     config, options = train.parse(["--method", name])
+    assert config.device == ("cuda" if torch.cuda.is_available() else "cpu")
     steps = about["training"].pop("steps")
     assert (config.steps or config.epochs * config.n_pictures / config.batch) == steps
     assert {key: getattr(config, key) for key in about["training"]} == about["training"]
@@ -86,3 +157,10 @@ def test_sizes_that_nobody_gives_are_those_of_llava(name):
     vlm = SimpleNamespace(width=1024, dim=4096, unit_side=14,
                           fingerprint=lambda: {"vision_side": 24})
     assert dataclasses.asdict(config.of(vlm)) == dataclasses.asdict(config())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_papers_table_says_on_what_and_where_it_differs(name):
+    headline = runs.load_method(name).HEADLINE
+    assert headline["model"] and headline["train"]["data"] and all(headline["deviations"])
+    assert isinstance(headline["deviations"], tuple)

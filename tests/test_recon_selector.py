@@ -478,3 +478,30 @@ def test_features_that_are_not_finite_are_refused_by_row(bad, keep):
         net.select(units_of(v), None, keep)
     for row in (0, 2):
         assert torch.equal(net.select(units_of(v[row:row + 1]), None, keep)[0], before[row])
+
+
+def test_a_mask_that_keeps_nothing_keeps_the_best_one():
+    net = model().eval()
+    v, _ = inputs()
+    valid = everywhere(v)
+    valid[2] = False
+    with torch.no_grad():
+        net.selector.head.bias += torch.tensor([50.0, 0.0]).double()       # drop, whatever it is
+    best = net.token_scores(v, valid).argmax(1).tolist()
+    assert (net.token_scores(v, valid) < 0).all()
+    assert [keep.tolist() for keep in net.best(v, valid)] == [[best[0]], [best[1]], []]
+
+
+def test_what_is_learned_as_a_vector_starts_small():
+    net = model(width=64, grid=8)
+    assert net.features.position.std().item() == pytest.approx(0.02, rel=0.1)
+    assert net.masked.std().item() == pytest.approx(0.02, rel=0.4)
+
+
+def test_positions_are_resized_between_their_neighbours():
+    net = model()
+    net.features.blocks, net.features.out = nn.ModuleList(), nn.Identity()
+    ramp = torch.arange(3.0).double().expand(1, 16, 3, 3)
+    net.features.position = nn.Parameter(ramp)
+    found = net.features(torch.zeros(1, 12, 16).double(), (2, 6))[0, :, 0]
+    assert torch.allclose(found, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2] * 2).double())

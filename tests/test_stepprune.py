@@ -652,3 +652,37 @@ def test_features_that_are_not_finite_are_refused_by_row(bad):
     for row in (0, 2):
         alone = asked(*(x[row:row + 1] for x in (v, valid, *question)))
         assert torch.equal(net.picks(*alone, sp.NEVER, most=4)[0], before[row])
+
+
+# ---- at the edges
+
+def test_calibrate_keeps_the_mean_itself_where_it_can_be_had():
+    margin = torch.tensor([[9.0, 4, 3, 2, 1], [9, 8, 7, 6, 5]]).double()
+    for mean in (1, 2.5, 3, 3.5, 4, 4.5, 5):
+        bias = sp.calibrate(margin, mean)
+        assert sp.stops(margin, bias).double().mean() == mean
+
+
+def test_a_gradient_passes_as_many_picks_as_hops_says():
+    """Through the last of T picks go T - 1 picks before it: with T - 1 hops the gradient is the
+    loop's, with one fewer it is not."""
+    net, data = model(hops=-1), inputs(1)
+    memory = net.memory(*data).detach().requires_grad_()
+    for steps in (2, 3, 4):
+        episode = net.rollout(memory, data[1], least=steps, most=steps)
+        weight = torch.randn_like(episode.pi[:, -1])
+
+        def gradient(pi, weight=weight):
+            return torch.autograd.grad((pi[:, -1] * weight).sum(), memory, retain_graph=True)[0]
+        full = gradient(episode.pi)
+        off = [(gradient(net.replay(memory, data[1], episode.picks, hops, steps)) - full).norm()
+               / full.norm() for hops in range(steps + 1)]
+        assert max(off[steps - 1:]) < 1e-9 and min(off[:steps - 1]) > 1e-6
+
+
+def test_what_is_learned_as_a_vector_starts_small():
+    torch.manual_seed(0)
+    net = sp.StepPrune(replace(SMALL, width=64, max_text=64))
+    assert net.encoder.position.std().item() == pytest.approx(0.02, rel=0.1)
+    assert net.start.std().item() == pytest.approx(0.02, rel=0.4)
+    assert net.stop.std().item() == pytest.approx(1, rel=0.4)

@@ -569,3 +569,10 @@ def test_a_printed_share_is_ours_within_a_fifth_of_a_percent_and_a_number_is_its
              (1, .9995), (0, 64), (64, None), ("mask", 64), (64, "mask")]
     assert all(scores.is_budget(*pair) for pair in same)
     assert not [pair for pair in other if scores.is_budget(*pair)]
+
+
+def test_a_printed_method_is_ours_by_its_name_or_by_a_part_of_the_runs():
+    assert scores.is_method("fastv", "fastv") and scores.is_method("runs/recon_s0", "recon")
+    assert scores.is_method("results/autoselect", "autoselect")
+    for method, ours in (("fastv", None), ("fastv_last", "fastv"), ("runs/fast", "fastv")):
+        assert not scores.is_method(method, ours)
