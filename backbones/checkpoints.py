@@ -24,6 +24,8 @@ from transformers.utils import logging
 FILES = ("config", "generation_config", "preprocessor_config", "processor_config",
          "video_preprocessor_config", "tokenizer", "tokenizer_config", "special_tokens_map",
          "added_tokens", "chat_template", "model.safetensors.index")
+# of these {} would be read as settings that no checkpoint means
+NEVER_EMPTY = ("config", "preprocessor_config", "tokenizer", "tokenizer_config")
 
 
 class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
@@ -48,8 +50,9 @@ def check_files(folder: Path) -> None:
             content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         except (ValueError, OSError) as error:
             raise damaged(file, error) from error
-        if not isinstance(content, dict):
-            raise damaged(file, "expected an object of JSON")
+        is_empty = file.stem in NEVER_EMPTY and file.exists() and not content
+        if is_empty or not isinstance(content, dict):
+            raise damaged(file, "expected an object of JSON that holds something")
         shards = content.get("weight_map", {}) if "index" in file.name else {}
         lacking = sorted(shard for shard in {*shards.values()} if not (folder / shard).exists())
         if lacking:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from datasets import Dataset, config, load_dataset_builder
+from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi, RepoFile, hf_hub_download
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -172,8 +173,8 @@ def hub_files(repo: str, pattern: str | None, split: str) -> list[str]:
     wanted = pattern and {split: pattern.format(split=split)}
     try:
         files = load_dataset_builder(repo, data_files=wanted).config.data_files
-    except FileNotFoundError:
-        if not pattern:
+    except FileNotFoundError as error:
+        if not pattern or isinstance(error, DatasetNotFoundError):
             raise
         name = re.compile(re.escape(pattern).replace(r"\{split\}", "(.+)").replace(r"\*", ".*"))
         there = HfApi().list_repo_files(repo, repo_type="dataset")

@@ -26,7 +26,10 @@ TINY_PICTURES = dict(steps=0, n_pictures=6, epochs=1.3, batch=2, layers=1)
 
 
 def recon(folder, **changes):
-    return short_run(folder, "recon_selector", **{**TINY_PICTURES, **changes})
+    options = {**TINY_PICTURES, **changes}
+    if "images" in options:
+        del options["n_pictures"]                          # of scenes alone
+    return short_run(folder, "recon_selector", **options)
 
 
 def photos(folder, n=5, seed=0, sizes=((40, 24), (24, 40), (32, 32))):

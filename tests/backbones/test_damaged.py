@@ -67,6 +67,14 @@ def test_a_missing_file_is_named(layout, tmp_path, name, said):
     assert str(copy) in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["config", "preprocessor_config", "tokenizer", "tokenizer_config"])
+def test_settings_that_hold_nothing_are_refused(layout, tmp_path, name):
+    copy = tmp_path / layout.name
+    shutil.copytree(layout, copy)
+    (copy / f"{name}.json").write_text("{}")
+    assert f"{name}.json is damaged (" in refused(copy)
+
+
 def test_llava_without_its_processors_settings_is_refused(layout, tmp_path):
     copy = tmp_path / layout.name
     shutil.copytree(layout, copy)

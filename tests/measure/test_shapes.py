@@ -256,7 +256,7 @@ def test_folders_that_are_no_checkpoints(llava, tmp_path):
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         FrozenVLM.from_pretrained(llava)
     (tmp_path / "llava" / "config.json").write_text("{")
-    with pytest.raises(FileNotFoundError, match="not a valid JSON"):
+    with pytest.raises(ValueError, match=r"llava/config\.json is damaged .*: download or copy"):
         FrozenVLM.from_pretrained(llava)
 
 
