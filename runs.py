@@ -87,6 +87,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
                     if not, it trains without one
     adaptive        whether it decides how many tokens it keeps, steered to K on average
     further_ways    names that ways() knows beside its own
+    steered_ways    those of them that are steered to K on average
     weight_decay    of AdamW
     """
     rows = "dialogue"
@@ -94,6 +95,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
     reads_language = True
     adaptive = False
     further_ways: tuple[str, ...] = ()
+    steered_ways: tuple[str, ...] = ()
     weight_decay = 0.01
 
     def begin(self, vlm, first_batch: Callable) -> None:
@@ -130,11 +132,15 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
         """How it is evaluated: what stands behind its name in the table -> Way.
 
         names: of further_ways; calibration() -> (units, question) in batches, on which an adaptive
-        method finds what keeps K on average.
+        method or way finds what keeps K on average.
         """
         check_ways(names, self.further_ways)
         return {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
                         self.reads_question)}
+
+    def is_steered(self, names: list[str]) -> bool:
+        """Whether one of ways(names) needs the calibration."""
+        return self.adaptive or bool({*names} & {*self.steered_ways})
 
     @staticmethod
     def learning_rate(peak: float, number: int, total: int) -> float:
@@ -240,6 +246,15 @@ def options_class(config_class: type) -> type:
 def many(default: list, text: str):
     """An option of several values."""
     return field(default_factory=lambda: list(default), metadata={"help": text})
+
+
+# most CPUs have to emulate products in bfloat16, three to six times as slow as in float32
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def dtype_option():
+    return HfArg(default=DTYPE, help="of the frozen VLM [ours: bfloat16 on a GPU, where there is "
+                                     "one, else float32]")
 
 
 def device_option():
