@@ -14,6 +14,8 @@ what evaluate.py reads and what is shared: safetensors, config.json and a model 
 """
 
 import argparse
+import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -382,7 +384,25 @@ def describe(config, selector, vlm, free: tuple) -> dict:
     training = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
     training["protocol"] = vlm.protocol              # "stock" where the papers' is no other
     return {"method": config.method, "cfg": asdict(selector.cfg), "backbone": vlm.fingerprint(),
-            "training": training}
+            "training": training, "code": code_of(config.method)}
+
+
+def code_of(name: str) -> str:
+    """A fingerprint of a method's file and of those whose parts it takes, comments and docstrings
+    apart: what was made by other code has another one."""
+    text, found = "", [name]
+    for stem in found:                                # which grows
+        path = Path(importlib.util.find_spec(stem).origin)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                is_doc = ast.get_docstring(node, clean=False) is not None
+                node.body = node.body[is_doc:] or [ast.Pass()]
+            names = [getattr(node, "module", None), *(n.name for n in getattr(node, "names", ())
+                                                      if isinstance(n, ast.alias))]
+            found += [n for n in names if n in method_names() and n not in found]
+        text += ast.unparse(tree)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(there: dict, here: dict) -> str:

@@ -196,6 +196,22 @@ def test_a_damaged_selector_is_refused_by_name(tmp_path, vlm, name, change, mess
         runs.load_selector(tmp_path, vlm, "cpu")
 
 
+@pytest.mark.parametrize("name, reads_language", [("recon", False), ("autoselect", True)])
+def test_a_selector_minds_the_language_model_only_if_it_reads_it(tmp_path, vlm, name,
+                                                                 reads_language):
+    folder = tmp_path / "selector"
+    shutil.copytree(ROOT / f"results/{name}_tiny/selector", folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["backbone"]["layers"] += 1
+    (folder / "config.json").write_text(json.dumps(about))
+    if not reads_language:
+        assert runs.load_selector(tmp_path, vlm)[0].reads_language is False
+        about["backbone"]["vision_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="was trained for another backbone .*layers: . there"):
+        runs.load_selector(tmp_path, vlm)
+
+
 def test_an_older_selector_without_a_later_option_loads_with_its_default(tmp_path, vlm):
     shutil.copytree(SHIPPED, tmp_path / "selector")
     about = json.loads((SHIPPED / "config.json").read_text())
