@@ -329,7 +329,6 @@ class AutoSelect(NoiseGate):
     """Scorer, noise gate and denoiser around a frozen VLM."""
 
     further_ways = ("gated", "threshold")
-    steered_ways = ("threshold",)
 
     def __init__(self, cfg: Config):
         # the scorer draws its weights first
@@ -381,27 +380,11 @@ class AutoSelect(NoiseGate):
         return units.flat(self.token_scores(*units.pad()))
 
     def ways(self, names, budgets, calibration) -> dict[str, Way]:
-        """"gated": answer through the noise gate instead of removing tokens (Figure 5).
-        "threshold": what scores above one number for all pictures, K on average [ours]."""
+        """"gated": answer through the noise gate instead of removing tokens (Figure 5)."""
         ways = super().ways(names, budgets, calibration)
         if "gated" in names:
             ways[" gated"] = Way(gate=self._gate)
-        if "threshold" in names:
-            rows = [(self.scores(*each), len(each[0].grid)) for each in calibration()]
-            s = torch.cat([scores for scores, _ in rows]).sort(descending=True).values
-            n = sum(count for _, count in rows)
-            most = {k: round(k * (n if k >= 1 else len(s))) for k in budgets}
-            cuts = {k: s[min(most[k], len(s)) - 1] for k in budgets}
-            ways[" threshold"] = Way(lambda asked, k: self.above(asked.units, cuts[k]),
-                                     adaptive=True)
         return ways
-
-    @torch.no_grad()
-    def above(self, units, cut: Tensor) -> list[Tensor]:
-        """The tokens of each picture that score `cut` or more; its best one if none does."""
-        v, valid = units.pad()
-        s = self.token_scores(v, valid)
-        return hard_topk(s, ((s >= cut) & valid).sum(1).clamp(min=1), valid)
 
     @torch.no_grad()
     def _gate(self, asked, keep: int) -> Tensor:

@@ -88,8 +88,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
     reads_language  whether its weights depend on the language model, not on the encoder alone;
                     if not, it trains without one
     adaptive        whether it decides how many tokens it keeps, steered to K on average
-    further_ways    names that ways() knows beside its own
-    steered_ways    those of them that are steered to K on average
+    further_ways    names that ways() knows beside its own, see there
     weight_decay    of AdamW
     """
     rows = "dialogue"
@@ -97,7 +96,6 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
     reads_language = True
     adaptive = False
     further_ways: tuple[str, ...] = ()
-    steered_ways: tuple[str, ...] = ()
     weight_decay = 0.01
 
     def begin(self, vlm, first_batch: Callable) -> None:
@@ -134,15 +132,39 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
         """How it is evaluated: what stands behind its name in the table -> Way.
 
         names: of further_ways; calibration() -> (units, question) in batches, on which an adaptive
-        method or way finds what keeps K on average.
+        method or way finds what keeps K on average. "threshold": what scores above one number for
+        all pictures, K on average; of those methods whose further_ways have it [ours].
         """
         check_ways(names, self.further_ways)
-        return {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
+        ways = {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
                         self.reads_question)}
+        if "threshold" in names:
+            cuts = self.cuts(budgets, calibration())
+            ways[" threshold"] = Way(lambda asked, k: self.above(asked, cuts[k]),
+                                     self.reads_question, adaptive=True)
+        return ways
 
     def is_steered(self, names: list[str]) -> bool:
         """Whether one of ways(names) needs the calibration."""
-        return self.adaptive or bool({*names} & {*self.steered_ways})
+        return self.adaptive or "threshold" in names and "threshold" in self.further_ways
+
+    def cuts(self, budgets: list, batches) -> dict:
+        """{K: the score that K tokens of these (units, question) reach on average}; below 1 that
+        share of the tokens."""
+        scores, rows = [], 0
+        for units, question in batches:
+            s, valid = units.pad(self.scores(units, question))
+            scores.append(s[valid])
+            rows += len(s)
+        scores = torch.cat(scores).sort(descending=True).values
+        reach = {k: round(k * (rows if k >= 1 else len(scores))) for k in budgets}
+        return {k: scores[min(max(n, 1), len(scores)) - 1] for k, n in reach.items()}
+
+    def above(self, asked, cut: Tensor) -> list[Tensor]:
+        """The tokens of each row that score `cut` or more; its best one if none does."""
+        s, valid = asked.units.pad(self.scores(asked.units, asked.question))
+        s = s.masked_fill(~valid, -math.inf)
+        return [(row >= min(cut, row.max())).nonzero().squeeze(1) for row in s]
 
     @staticmethod
     def learning_rate(peak: float, number: int, total: int) -> float:

@@ -609,7 +609,7 @@ def test_a_threshold_keeps_the_best_of_all_pictures_together(k, total):
     units = units_of(torch.randn(12, 12, 16), padding(*lengths))
     parts = [(units.rows(rows), None) for rows in (range(5), range(5, 12))]
     way = model.ways(["threshold"], [k], lambda: iter(parts))[" threshold"]
-    keep = way.select(SimpleNamespace(units=units), k)
+    keep = way.select(SimpleNamespace(units=units, question=None), k)
 
     scores = model.scores(units, None)
     cut = scores.sort(descending=True).values[total - 1]
