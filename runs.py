@@ -412,7 +412,7 @@ def describe(config, selector, vlm, free: tuple) -> dict:
 def code_of(name: str) -> str:
     """A fingerprint of a method's file and of those whose parts it takes, comments and docstrings
     apart: what was made by other code has another one."""
-    text, found = "", [name]
+    text, found, known = "", [name], method_names()
     for stem in found:                                # which grows
         path = Path(importlib.util.find_spec(stem).origin)
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -422,7 +422,7 @@ def code_of(name: str) -> str:
                 node.body = node.body[is_doc:] or [ast.Pass()]
             names = [getattr(node, "module", None), *(n.name for n in getattr(node, "names", ())
                                                       if isinstance(n, ast.alias))]
-            found += [n for n in names if n in method_names() and n not in found]
+            found += [n for n in names if n in known and n not in found]
         text += ast.unparse(tree)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -84,13 +84,18 @@ class Table:
                    for key, x in self.right.items()]
         content = {"families": self.families.tolist(), "things": self.things.tolist(),
                    "made": self.made, "answers": answers,
-                   "measured": [[*key, list(x)] for key, x in self.measured.items()]}
+                   "measured": [[*key, list(map(float, x))] for key, x in self.measured.items()]}
         data = gzip.compress(json.dumps(content).encode(), mtime=0)
         runs.write_whole(path, lambda temporary: temporary.write_bytes(data))
 
     @classmethod
     def load(cls, path: Path) -> "Table":
-        content = json.loads(gzip.decompress(path.read_bytes()))
+        """Raises ValueError naming a file that is damaged."""
+        try:
+            content = json.loads(gzip.decompress(path.read_bytes()))
+        except (ValueError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): python -m measure.experiments makes "
+                             "it again") from error
         table = cls(np.array(content["families"]), np.array(content["things"]),
                     made=content["made"])
 
@@ -121,10 +126,10 @@ class Draws:
     def over_seeds(self, values: np.ndarray) -> np.ndarray:
         """(R, S) or (S,) -> (R,) the mean over the seeds of each draw; the same seeds are drawn of
         all settings with as many."""
-        n = values.shape[-1]
+        n = np.shape(values)[-1]
         drawn = ((self.places[:, :n] * n).astype(int)[:, :, None] == np.arange(n)).sum(1)
         weights = np.concatenate([np.ones((1, n)), drawn])                 # (R, S)
-        return (weights * values).sum(1) / n
+        return (weights * np.asarray(values)).sum(1) / n
 
     def share(self, of: np.ndarray, among: np.ndarray) -> np.ndarray:
         """(R,) percent of the questions `among` (S or 1, Q) that are `of` (S, Q), over seeds."""

@@ -108,11 +108,18 @@ def settings() -> dict[str, Setting]:
 
 def jobs(only: str = "") -> list[Job]:
     """All trainings, seed by seed, so that what is there after a while has every setting. only: a
-    regular expression that vlm/setting_s0 has to match."""
+    regular expression that vlm/setting_s0 has to match. Raises ValueError for what is none, or
+    matches nothing."""
     listed = [Job(vlm, name, seed, setting) for name, setting in settings().items()
               for vlm, seeds in setting.seeds.items() for seed in range(seeds)]
-    listed = [job for job in listed if re.search(only, str(job.run.relative_to(RUNS)))]
-    return sorted(listed, key=lambda job: job.seed)
+    try:
+        chosen = [job for job in listed if re.search(only, str(job.run.relative_to(RUNS)))]
+    except re.error as error:
+        raise ValueError(f"only={only!r} is no regular expression: {error}") from error
+    if not chosen:
+        names = dict.fromkeys(f"{job.vlm}/{job.name}" for job in listed)
+        raise ValueError(f"only={only!r} matches none of {', '.join(names)}")
+    return sorted(chosen, key=lambda job: job.seed)
 
 
 # ------------------------------------------------------------------------------------ training
@@ -259,9 +266,6 @@ def main(args: list[str]) -> None:
     options = parser.parse_args(args)
     runs.check_options(options, jobs=1)
     listed = jobs(options.only)
-    if not listed:
-        raise ValueError(f"only={options.only!r} matches none of "
-                         + ", ".join(f"{job.vlm}/{job.name}" for job in jobs() if not job.seed))
     if options.prove:
         for job in listed:
             if job.state() == "stale" and (job.run / "selector/config.json").exists():
