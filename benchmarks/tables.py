@@ -1,6 +1,5 @@
 """Tables of scores as Markdown: lines of scores.summarise() in, text out."""
 
-import json
 import re
 from pathlib import Path
 

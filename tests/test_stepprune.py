@@ -160,11 +160,11 @@ def test_gradients_of_aggregation_length_and_polarisation():
 # ---- the episode
 
 def test_length_weight_rises_rests_and_falls():
-    w = [sp.length_weight(step, 100, 3., .1) for step in range(101)]
+    w = [sp.length_weight(step, 100, 3., .1, sp.fall(step, 100)) for step in range(101)]
     assert w[0] == 0 and w[5] == pytest.approx(1) and w[15:46] == [3.] * 31
     assert w[90:] == [pytest.approx(.1)] * 11 and w[67] / w[66] == pytest.approx(w[80] / w[79])
-    assert {sp.length_weight(step, 100, 2., 2.) for step in range(15, 101)} == {2.}
-    assert sp.length_weight(5, 9, 0., 0.) == 0
+    assert {sp.length_weight(step, 100, 2., 2., 1) for step in range(15, 101)} == {2.}
+    assert sp.length_weight(5, 9, 0., 0., 1) == 0
 
 
 def test_the_policy_is_a_distribution_over_all_trajectories():
@@ -483,7 +483,7 @@ def test_the_loss_is_equation_15(tiny):
     gated, a, episode, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0,
                                       noise(batch.owner))
     nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
-    price = sp.length_weight(67, 100, 3.0, 0.1) * (expected / 144).sum() / 10
+    price = sp.length_weight(67, 100, 3.0, 0.1, sp.fall(67, 100)) * (expected / 144).sum() / 10
     assert loss.item() == pytest.approx((nll * batch.answers / 40 + price).item(), rel=1e-9)
     assert log["nll"] == pytest.approx(nll.item()) and 0.1 < log["lambda"] < 3
     assert log["K"] == episode.count.double().mean() and log["K_soft"] < 12
