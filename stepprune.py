@@ -489,7 +489,7 @@ class StepPrune(NoiseGate):
         g_text = text_gate(step.number, self.cfg.text_steps)
         question = vlm.question(batch.rows)
         noise = step.generators(batch.owner)
-        fallen = torch.full((len(v),), fall(step.number, step.total), device=v.device)
+        fallen = torch.full_like(self.stop[:1], fall(step.number, step.total)).expand(len(v))
         if self.cfg.price == "told":
             fallen = fallen * draw(torch.rand, fallen.shape, noise, v.device)
         with step.autocast():
