@@ -157,6 +157,64 @@ def test_gradients_of_aggregation_length_and_polarisation():
     assert gradcheck(polarised, pi, atol=1e-6)
 
 
+@pytest.mark.parametrize("price", ["scheduled", "told"])
+def test_a_price_is_read_only_where_it_is_told(price):
+    net, data = model(price=price, k_rule="expected"), inputs()
+    slots = [net.memory(*data, fallen=fallen)[:, -1] for fallen in (0., 1.)]
+    assert torch.equal(*slots) == (price == "scheduled")
+    each = net.memory(*data, fallen=torch.tensor([0., 1., 0.]))[:, -1]
+    assert all(torch.allclose(each[row], slots[row == 1][row]) for row in range(3))
+
+
+@pytest.mark.parametrize("price", ["told", "constant"])
+def test_every_row_pays_the_price_that_it_is_told(tiny, price):
+    """Told: drawn anew from the row's own generator, between lambda's peak and where it has fallen
+    to. Constant: from the first step to the last."""
+    vlm, items = tiny
+    torch.manual_seed(0)
+    net = sp.StepPrune(sp.Config.of(vlm, max_steps=12, heads=2, price=price)).double().train()
+    batch = part_of(vlm, items[:2])
+    units = net.read(vlm, batch)
+
+    def noise(owner):
+        return [torch.Generator().manual_seed(row) for row in range(len(owner))]
+    step = step_of(67, 100, answers=40.0, rows=10.0, generators=noise)
+    net.observe(vlm, [(batch, units)], step)
+    loss, log = net.loss(vlm, batch, units, step)
+    drawn = noise(batch.owner)
+    fallen = torch.stack([torch.rand((), generator=g) for g in drawn]) * (67 / 100 - .45) / .45
+    weight = torch.full_like(fallen, 3.)
+    if price == "told":
+        weight = 3 * (.1 / 3) ** fallen
+        assert .5 < weight.min() < weight.max() < 2.99
+    else:
+        fallen, drawn = fallen * 0, noise(batch.owner)
+    gated, _, _, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0, drawn,
+                                fallen)
+    nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
+    price = (weight * expected / 144).sum() / 10
+    assert loss.item() == pytest.approx((nll * batch.answers / 40 + price).item(), rel=1e-6)
+    assert log["lambda"] == pytest.approx(weight.mean().item(), rel=1e-6)
+
+
+def test_a_told_price_steers_first_and_the_bias_does_the_rest(capsys):
+    net = model(price="told", k_rule="expected", max_steps=12)
+    with torch.no_grad():                             # stop's logit falls with the price
+        net.told[0].weight.fill_(1), net.told[0].bias.zero_()
+        net.told[2].weight.mul_(3)
+    batches = [asked(*inputs(4, n=12, seed=seed)) for seed in range(4)]
+    steering = net.calibrated([2, 5, 8], batches, 12)
+    assert len({how["fallen"] for how in steering.values()}) > 1
+    shown = capsys.readouterr().out
+    unsteered = [float(word) for word in shown.split(" tokens")[0].split()[3:]]
+    assert len(unsteered) == 9 and max(unsteered) > min(unsteered) + .5
+    for k, how in steering.items():
+        nearest = min(range(9), key=lambda i: abs(unsteered[i] - k))
+        assert abs(unsteered[int(8 * how["fallen"])] - k) <= abs(unsteered[nearest] - k) + .11
+        kept = [len(row) for batch in batches for row in net.picks(*batch, most=12, **how)]
+        assert k - 1.2 < sum(kept) / len(kept) <= k
+
+
 # ---- the episode
 
 def test_length_weight_rises_rests_and_falls():
