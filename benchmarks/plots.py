@@ -255,6 +255,26 @@ def draw_spread(spreads: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_kept_counts(counts: dict, path: Path) -> None:
+    """Histograms of how many tokens were kept, one above the other: a row a method, a column a
+    wished mean. counts: {(title, K): (questions,) kept}"""
+    titles, budgets = (list(dict.fromkeys(key[i] for key in counts)) for i in range(2))
+    figure, axes = plt.subplots(len(titles), len(budgets), layout="constrained", squeeze=False,
+                                sharex="col", figsize=(3.4 * len(budgets), 1.5 * len(titles)))
+    for line, title in zip(axes, titles):
+        for axis, k in zip(line, budgets):
+            own = [kept for (_, budget), kept in counts.items() if budget == k]
+            edges = np.linspace(0, max(kept.max() for kept in own) + 1, 33)
+            kept = counts[title, k]
+            axis.hist(kept, edges, color="lightsteelblue", ec="w")
+            axis.axvline(kept.mean(), color="firebrick", lw=1)
+            axis.set_title(f"{title}, mean {kept.mean():.1f}", fontsize=8, loc="left")
+            axis.set_yticks([])
+    for axis, k in zip(axes[-1], budgets):
+        axis.set_xlabel(f"kept tokens, {tables.budget(k)} wished on average")
+    save(figure, path)
+
+
 def draw_rebuilt(images, rows: dict, path: Path) -> None:
     """A column a picture: itself, then per title in `rows` one (3, H, W) in [0, 1] or an image
     each."""

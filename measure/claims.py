@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 import runs
+from benchmarks.plots import draw_kept_counts
 from benchmarks.tables import markdown
 from measure.evidence import DRAWS, VERDICTS, Claim, Draws, Table, judge
 from measure.experiments import BUDGETS, RESULTS, TABLES, papers, settings
@@ -135,6 +136,16 @@ def raw(name: str, table: Table) -> str:
             f"seeds.\n\n{markdown(head, rows)}")
 
 
+def draw_operating_points(tables: dict[str, Table], folder: Path) -> None:
+    """operating_points.png: how many tokens each way to reach a mean keeps, of the first seed."""
+    for module in papers().values():
+        counts = {(title, k): tables["llava"].kept[name, k][0]
+                  for name, title in getattr(module, "OPERATING_POINTS", {}).items()
+                  for k in (48, 32, 16) if (name, k) in tables["llava"].kept}
+        if counts:
+            draw_kept_counts(counts, folder / "operating_points.png")
+
+
 def main(args: list[str]) -> str:
     parser = runs.Parser([], description=__doc__, allow_abbrev=False)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the answers")
@@ -146,6 +157,7 @@ def main(args: list[str]) -> str:
                                 "measure.experiments makes them")
     for name, table in tables.items():
         runs.write_text(options.results / f"{name}.md", raw(name, table) + "\n")
+    draw_operating_points(tables, options.results)
     text = page(tables)
     runs.write_text(options.results.with_suffix(".md"), text + "\n")
     print(text)
