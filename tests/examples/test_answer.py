@@ -219,6 +219,8 @@ def test_what_cannot_work_is_said_before_anything_is_answered(photo, tmp_path, m
             ([*asked, TURNS[0], "--image", thin], ValueError,
              "cannot use --image .*thin.png: too oblong: 2001x10 pixels"),
             ([*asked, TURNS[0], "--budgets", "0"], ValueError, "budgets=0: expected at least 1"),
+            ([*asked, TURNS[0], "--budgets", "16", "145"], ValueError,
+             r"budgets=\[16, 145\]: expected at most the 144 visual tokens of .*png"),
             ([*asked, TURNS[0], "--methods", "best"], ValueError,
              r"methods=\['best'\]: known are"),
             ([*asked, TURNS[0], "--ways", "exactly"], ValueError,
