@@ -4,10 +4,14 @@ Here is also what the tests on tiny random models of every family share.
 """
 
 import os
+from contextlib import ExitStack
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
+from small_hub import running
 from tiny_models import MODELS
 from transformers import AutoModelForImageTextToText
 
@@ -22,6 +26,21 @@ def one_thread():
     torch.set_num_threads(1)  # the models are too small to gain from more
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hub_answers(monkeypatch):
+    """hub_answers(Handler): whom huggingface_hub asks in this process, a server on this machine."""
+    with ExitStack() as until_the_end:
+        def begin(handler):
+            server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            until_the_end.enter_context(running(server))
+            url = f"http://127.0.0.1:{server.server_port}"
+            for name, value in {
+                    "HF_HUB_OFFLINE": False, "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE":
+                    url + "/{repo_id}/resolve/{revision}/{filename}"}.items():
+                monkeypatch.setattr(huggingface_hub.constants, name, value)
+        yield begin
 
 
 @pytest.fixture(scope="module", params=list(MODELS))

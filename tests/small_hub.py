@@ -1,4 +1,7 @@
-"""A hub on this machine: it answers over HTTP as huggingface.co does, as far as data sets need."""
+"""A hub on this machine: it answers over HTTP as huggingface.co does, as far as data sets need.
+
+Tests that need other answers give a Handler of their own to the fixture hub_answers.
+"""
 
 import hashlib
 import json
@@ -21,7 +24,6 @@ class Hub(ThreadingHTTPServer):
 
     fetched: (path in the repository, bytes sent) of every answer that holds a file's content
     """
-    daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -31,7 +33,12 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Answer(Handler):
     def do_GET(self):
         match = REPO.fullmatch(unquote(urlsplit(self.path).path))
         if not match:
@@ -101,22 +108,23 @@ class Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_):
-        pass
-
 
 def etag(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-@contextmanager
 def serving(folder: Path):
-    server = Hub(folder)
+    return running(Hub(folder))
+
+
+@contextmanager
+def running(server: ThreadingHTTPServer):
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     try:
         yield server
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def ask_hub(server: Hub, home: Path, code: str, offline: bool = False) -> dict[str, str]:

@@ -6,16 +6,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from short_runs import flags, kill_at, same, short_run, weights, without_time
+from small_hub import Handler
 
 import runs
 import train
@@ -224,7 +222,7 @@ def test_a_folder_that_can_be_written_is_not_made(tmp_path):
         runs.writable_file(tmp_path)
 
 
-class Hub(BaseHTTPRequestHandler):
+class Maker(Handler):
     """Makes the repositories of user, of nobody else."""
 
     def do_POST(self):
@@ -237,23 +235,9 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
 
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
-                        f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub, monkeypatch):
+def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub_answers, monkeypatch):
+    hub_answers(Maker)
     runs.open_repository("user/new")
     for name in ("nobody", "a/b/c", "user/-x", "user/a b"):
         with pytest.raises(ValueError, match=f"push='{name}': expected user/name"):
