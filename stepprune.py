@@ -29,7 +29,9 @@ An episode has at most max_steps picks, and at most as many as the picture has t
 What differs from the paper, or what it leaves open [ours]
 - Section 4.1 states T_max, gamma, lambda, learning rates and batch, but their numbers are missing
   from the text at hand: "value not available", not "left open". Ours stand in their place.
-- Eq. 12 cites a top-K by optimal transport; AutoSelect's, with a z-score, stands for it.
+- Eq. 12 cites the top-K by optimal transport of Xie et al., arXiv:2002.06504. With squared costs
+  and two targets its plan is AutoSelect's sigmoid (a test runs Sinkhorn), tau half its epsilon;
+  what is ours is the z-score in front, without which a tau would have to fit the scores' scale.
 - k_rule="expected": K of Eq. 12 is each row's own expected count, so that the answer's loss tells
   the policy when to stop. K_bar carries no gradient.
 - hops=1: through a chain of straight-through picks a gradient can grow exponentially, once the
@@ -74,7 +76,7 @@ from autoselect import (
 from common import check_finite
 from runs import Way, check_options
 
-AGGREGATIONS = ("full", "last", "uniform", "alive")
+AGGREGATIONS = ("full", "last", "uniform", "alive", "discounted")
 NEVER = -1e4                              # a stop bias with which stop never wins
 
 
@@ -119,6 +121,8 @@ class Config(Sizes):
         default=1.0, help="temperature of Eq. 12 at the first step [ours: scores are all but 0 and "
                           "1, and z-scored lie 3 apart]")
     tau_end: float = HfArg(default=0.2, help="... and at the last [ours]")
+    price: Literal["scheduled", "constant"] = HfArg(
+        default="scheduled", help="lambda of Eq. 15: rises and falls [ours], or stays [paper]")
     length_weight: float = HfArg(
         default=3.0, help="lambda of Eq. 15 at its peak [ours; the paper's value not available]")
     length_weight_end: float = HfArg(default=0.1, help="... and at the end [ours; paper: constant]")
@@ -132,7 +136,7 @@ class Config(Sizes):
 
 
 #               steps, pictures a step, learning rate, products but the pointer's in bfloat16 [ours]
-TINY = dict(steps=600, batch=8, lr=1e-3, autocast=True, layers=2, heads=4,
+TINY = dict(steps=600, batch=8, lr=1e-3, autocast=False, layers=2, heads=4,
             tau_start=1.0, tau_end=0.2, max_steps=48)
 LARGE = dict(steps=5000, batch=16, lr=1e-4, autocast=True, layers=2, heads=16,
              tau_start=1.0, tau_end=0.2, max_steps=192, max_text=512)
@@ -337,6 +341,7 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
     """s_i (B, N) = sum_t gamma^(t-1) alive_t pi_t(i), or what Table 4 replaces it by.    Eq. (11)
 
     last: pi of the row's last step. uniform: neither alive nor gamma. alive: alive alone.
+    discounted: gamma alone, the other reading of "dropping the alive weight".
     """
     steps = torch.arange(pi.shape[1], device=pi.device).to(pi)             # t - 1
     if how == "last":
@@ -344,8 +349,8 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
     elif how == "uniform":
         weight = on
     else:
-        weight = on * alive(pi[..., -1])
-    if how == "full":
+        weight = on if how == "discounted" else on * alive(pi[..., -1])
+    if how in ("full", "discounted"):
         weight = weight * gamma ** steps
     return (weight.to(pi).unsqueeze(1) @ pi[..., :-1]).squeeze(1)
 
@@ -357,7 +362,7 @@ def expected_count(pi: Tensor, on: Tensor) -> Tensor:
 
 def length_weight(number: int, total: int, peak: float, end: float) -> float:
     """lambda of Eq. (15) at a step: up to `peak` in the first 15 % of all steps, there until 45 %,
-    then by equal factors down to `end` at 90 %. peak = end is all but the paper's constant."""
+    then by equal factors down to `end` at 90 %."""
     done = number / max(total, 1)
     rise = min(done / 0.15, 1.0)
     fall = min(max((done - 0.45) / 0.45, 0.0), 1.0)
@@ -481,8 +486,9 @@ class StepPrune(NoiseGate):
         prompt = vlm.embed(batch.rows, units, units.flat(gated))
         nll = vlm.loss(prompt)
         ratio = expected / valid.sum(1)                                    # |S| / N, (B,)
-        weight = length_weight(step.number, step.total, self.cfg.length_weight,
-                               self.cfg.length_weight_end)
+        weight = self.cfg.length_weight
+        if self.cfg.price == "scheduled":
+            weight = length_weight(step.number, step.total, weight, self.cfg.length_weight_end)
         loss = nll * batch.answers / step.answers + weight * ratio.sum() / step.rows
 
         count = episode.count.float()

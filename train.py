@@ -73,7 +73,7 @@ class TrainConfig:
     n_pictures: int = HfArg(default=2400, help="scenes to go through in epochs [ours]")
     cache_features: str | None = HfArg(default=None, help="keep the encoder's features in this "
                                                           "folder, made once")
-    dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of the frozen VLM")
+    dtype: Literal["bfloat16", "float32"] = runs.dtype_option()
     random_weights: bool = HfArg(default=False, help="build --model from its config alone, for "
                                                      "smoke runs, memory and speed")
     device: str = runs.device_option()

@@ -59,8 +59,7 @@ class AnswerConfig:
     max_new_tokens: int = HfArg(default=64, help="most tokens of an answer [ours]")
     protocol: Literal[PROTOCOLS] = runs.protocol_option()
     out: str = HfArg(default="runs/answer", help="folder of answer.png and answer.json")
-    dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
-                                                             help="of the frozen VLM")
+    dtype: Literal["bfloat16", "float32", "float16"] = runs.dtype_option()
     device: str = runs.device_option()
 
     def __post_init__(self):

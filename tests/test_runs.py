@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -129,37 +130,39 @@ def test_what_cannot_be_written_leaves_no_part_and_the_old_one(tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.fixture
-def room_for():
-    """room_for(n): no file of this process may get longer than n bytes, as on a full disk."""
+@contextmanager
+def room_for(n: int):
+    """No file of this process may get longer than n bytes, as on a full disk; no longer than it
+    has to, or what the tests print may not get longer either."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_half_a_line_onto_a_full_disk_is_taken_back(tmp_path, room_for, sync):
+def test_half_a_line_onto_a_full_disk_is_taken_back(tmp_path, sync):
     path = tmp_path / "log.jsonl"
     runs.append(path, "whole\n", sync)
-    room_for(10)
-    with pytest.raises(OSError, match=r"log\.jsonl cannot be written .*make room"):
+    with (room_for(10),
+          pytest.raises(OSError, match=r"log\.jsonl cannot be written .*make room")):
         runs.append(path, "does not fit\n", sync)
     assert path.read_text() == "whole\n"
-    room_for(100)
     runs.append(path, "fits\n", sync)
     assert path.read_text() == "whole\nfits\n"
 
 
-def test_the_log_and_pictures_say_that_the_disk_is_full(tmp_path, room_for):
+def test_the_log_and_pictures_say_that_the_disk_is_full(tmp_path):
     log = runs.open_log(tmp_path / "log.jsonl", 0, is_main=True)
     log({"step": 0})
     plots.save(plt.figure(figsize=(1, 1)), tmp_path / "old.png")
     before = (tmp_path / "old.png").read_bytes()
-    room_for(30)
-    with pytest.raises(OSError, match=r"log\.jsonl cannot be written"):
+    with room_for(30), pytest.raises(OSError, match=r"log\.jsonl cannot be written"):
         log({"step": 1, "loss": 0.123456789})
-    with pytest.raises(OSError, match=r"old\.png cannot be written"):
+    with room_for(30), pytest.raises(OSError, match=r"old\.png cannot be written"):
         plots.save(plt.figure(figsize=(2, 2)), tmp_path / "old.png")
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n'
     assert (tmp_path / "old.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
@@ -189,6 +192,22 @@ def test_a_damaged_selector_is_refused_by_name(tmp_path, vlm, name, change, mess
     damage(tmp_path / "selector", name, change)
     with pytest.raises(ValueError, match=message):
         runs.load_selector(tmp_path, vlm, "cpu")
+
+
+@pytest.mark.parametrize("name, reads_language", [("recon", False), ("autoselect", True)])
+def test_a_selector_minds_the_language_model_only_if_it_reads_it(tmp_path, vlm, name,
+                                                                 reads_language):
+    folder = tmp_path / "selector"
+    shutil.copytree(ROOT / f"results/{name}_tiny/selector", folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["backbone"]["layers"] += 1
+    (folder / "config.json").write_text(json.dumps(about))
+    if not reads_language:
+        assert runs.load_selector(tmp_path, vlm)[0].reads_language is False
+        about["backbone"]["vision_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="was trained for another backbone .*layers: . there"):
+        runs.load_selector(tmp_path, vlm)
 
 
 def test_an_older_selector_without_a_later_option_loads_with_its_default(tmp_path, vlm):

@@ -114,10 +114,24 @@ def test_aggregate_is_the_printed_sum(how):
         still, total, last = 1.0, 0.0, int(on[b].sum()) - 1
         for t in range(last + 1):
             weight = {"full": gamma ** t * still, "alive": still, "uniform": 1.0,
-                      "last": float(t == last)}[how]
+                      "discounted": gamma ** t, "last": float(t == last)}[how]
             total += weight * pi[b, t, i].item()
             still *= 1 - pi[b, t, 6].item()
         assert s[b, i].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_the_top_k_by_optimal_transport_is_the_sigmoid():
+    """Xie et al., arXiv:2002.06504: scores go to the targets 0 and 1 at squared cost, K of them to
+    1, with entropy epsilon. Sinkhorn's plan is Eq. 12's sigmoid with tau = epsilon / 2."""
+    s, k, epsilon = torch.rand(3, 9).double(), torch.tensor([2., 4.5, 7.]), 0.3
+    kernel = (-torch.stack([s ** 2, (s - 1) ** 2], 2) / epsilon).exp()     # (B, N, 2)
+    wanted = torch.stack([9 - k, k], 1).double()
+    v = torch.ones(3, 2).double()
+    for _ in range(500):
+        u = 1 / (kernel @ v[..., None]).squeeze(2)                         # each score is one
+        v = wanted / (u[:, None] @ kernel).squeeze(1)
+    plan = u[..., None] * kernel * v[:, None]
+    assert (soft_topk(s, k, epsilon / 2) - plan[..., 1]).abs().max() < 1e-10
 
 
 def test_expected_count_is_the_mean_over_all_ends():
