@@ -141,8 +141,6 @@ def test_what_a_picture_draws_depends_on_its_number_alone():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(batch=4, micro=3), "batch=4 on 1 processes, micro=3: expected a multiple of 3"),
-    (dict(micro=-1), "micro=-1: expected"), (dict(data="folder"), "needs --images"),
     (dict(data="coco"), "pictures and no text"),
     (dict(data="llava-665k", path="nowhere"), "nowhere does not exist")])
 def test_settings_that_cannot_work_stop_before_the_first_step(tmp_path, bad, message):
