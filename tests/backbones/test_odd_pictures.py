@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_common import (
+from full_prompt import (
     TOLERANCE,
     every,
     full_embeds,
@@ -13,6 +12,7 @@ from test_common import (
     stock_inputs,
     stock_positions,
 )
+from PIL import Image
 from tiny_models import VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -4,7 +4,7 @@ hand, and how they answer."""
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import QUESTIONS, VIDEO, rows_for, stock_inputs
+from full_prompt import QUESTIONS, VIDEO, rows_for, stock_inputs
 from transformers import CLIPConfig, CLIPModel
 
 import baselines
