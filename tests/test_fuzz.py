@@ -20,6 +20,7 @@ import types
 import warnings
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
@@ -114,6 +115,9 @@ TOGETHER = {
 }
 
 
+shapes_of = cache(FrozenVLM.from_pretrained)       # on the meta device: hundreds of cases read them
+
+
 class Accepted(BaseException):
     """The command has come to where the work begins."""
 
@@ -176,7 +180,7 @@ def no_work(monkeypatch):
             return real(*args, **how) if on_meta else stop()
         return checked
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(FrozenVLM, "from_pretrained", unless_shapes(FrozenVLM.from_pretrained))
+    monkeypatch.setattr(FrozenVLM, "from_pretrained", unless_shapes(shapes_of))
     monkeypatch.setattr(PreTrainedModel, "__init__", unless_shapes(PreTrainedModel.__init__))
     monkeypatch.setattr(shapes, "load", stop)
     monkeypatch.setattr(subprocess, "Popen", stop)

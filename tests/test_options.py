@@ -65,7 +65,7 @@ def test_what_budgets_and_methods_may_be():
     assert config.budgets == [1, 0.5, 64] and list(map(type, config.budgets)) == [int, float, int]
     assert {*baselines.names()} - {*config.methods} == {"evidence"}
     assert evaluate.EvalConfig(methods=["evidence", "fastv"]).methods == ["evidence", "fastv"]
-    for budgets in ([], [1.5], [64, 0], [-1], [float("nan")]):
+    for budgets in ([], [1.5], [64, 0], [-1], [float("inf")], [float("nan")]):
         with pytest.raises(ValueError, match="^budgets=.*: expected "):
             evaluate.EvalConfig(budgets=budgets)
     for keep in ([], [0], [16, -1], [float("inf")], [float("nan")]):

@@ -1,22 +1,18 @@
 """The folder that a run leaves: nothing is deleted that is not ours, nothing damaged is used."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
-import threading
+import time
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import huggingface_hub
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from short_runs import flags, kill_at, same, short_run, weights, without_time
+from small_hub import Handler
 
 import runs
 import train
@@ -77,22 +73,24 @@ def test_an_empty_folder_and_a_run_of_ours_are_taken(tmp_path):
     assert not same(weights(again), first)
 
 
-TRAINING = "import sys, train; train.main(sys.argv[1:])"
+def hold(folder, begun):
+    with runs.locked(folder):
+        begun.set()
+        time.sleep(60)
 
 
-def test_two_trainings_into_one_folder_and_a_kill_sets_it_free(tmp_path):
-    command = [sys.executable, "-c", TRAINING, *flags(tmp_path / "run", steps=400)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.DEVNULL)
+def test_a_folder_is_one_commands_and_a_kill_sets_it_free(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    first = fork.Process(target=hold, args=(tmp_path / "run", begun), daemon=True)
+    first.start()
     try:
-        while "trainable" not in first.stdout.readline():
-            assert first.poll() is None
+        assert begun.wait(60)
         with pytest.raises(OSError, match="another process writes into .*run at this moment"):
-            train.main(flags(tmp_path / "run", steps=400))
+            train.main(flags(tmp_path / "run"))
     finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-        first.stdout.close()
+        first.kill()
+        first.join()
     with runs.locked(tmp_path / "run"):
         pass                                              # a killed process holds nothing
 
@@ -243,7 +241,7 @@ def test_a_folder_that_can_be_written_is_not_made(tmp_path):
         runs.writable_file(tmp_path)
 
 
-class Hub(BaseHTTPRequestHandler):
+class Maker(Handler):
     """Makes the repositories of user, of nobody else."""
 
     def do_POST(self):
@@ -256,23 +254,9 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
 
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
-                        f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub, monkeypatch):
+def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub_answers, monkeypatch):
+    hub_answers(Maker)
     runs.open_repository("user/new")
     for name in ("nobody", "a/b/c", "user/-x", "user/a b"):
         with pytest.raises(ValueError, match=f"push='{name}': expected user/name"):

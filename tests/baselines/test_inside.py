@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_common import QUESTIONS, full_embeds, stock_inputs, stock_positions, token_id
+from full_prompt import QUESTIONS, full_embeds, stock_inputs, stock_positions, token_id
 from tiny_models import llava_next
 
 from baselines.inside import Shown, check_layers, generate_inside, logits_inside, visual_states

@@ -4,12 +4,11 @@ twice, and a check that fails."""
 import json
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
 from short_runs import kill_at, without_time
+from small_hub import Handler
 
 from benchmarks.predictions import Predictions
 from examples import headline
@@ -76,7 +75,7 @@ def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, 
     assert not [*tmp_path.iterdir()]
 
 
-class Hub(BaseHTTPRequestHandler):
+class Lister(Handler):
     """Lists files with their sizes, as the hub's API does; knows no lmms-lab-encoder."""
     FILES = {"visual-layer/imagenet-1k-vl-enriched": {"data/train-00000-of-00002.parquet": 6e9,
                                                       "data/validation-0-of-1.parquet": 1e9},
@@ -98,20 +97,12 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    def log_message(self, *_):
-        pass
 
-
-def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
-                        f"http://127.0.0.1:{server.server_port}")
+def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, hub_answers):
+    hub_answers(Lister)
     lines = plan_of(capsys, "autoselect", "--model", layouts["llava-1.5-7b-hf"], "--out",
                     str(tmp_path), "--evaluate",
                     "--benchmarks gqa mmbench mmbench_cn seed seed_all pope")
-    server.shutdown()
     # of a split, of a config; on the disk what two benchmarks ask for is counted once
     assert lines["download"] == [
         "training, 6.00 GB, visual-layer/imagenet-1k-vl-enriched, streamed: not kept, and anew in "
