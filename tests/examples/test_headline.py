@@ -55,7 +55,8 @@ def plan_of(capsys, *words) -> dict[str, list[str]]:
      "5,000 steps of 16 pictures of llava-665k = 80,000",
      "192, 128, 64 of stepprune, fastv, sparsevlm, pdrop, visionzip"),
     ("recon", "llava-v1.6-mistral-7b-hf", "reconstruction paper, Table 2, on LLaVA-1.6-Mistral-7B",
-     "369,647 steps of 32 pictures of coco = 11,828,704", "1296, 864 of recon_selector, pact"),
+     "425,897 steps of 32 pictures of coco, 9,000 of docvqa, 9,000 of chartqa = 13,628,704",
+     "1296, 864 of recon_selector, pact"),
     ("autoselect", "Qwen2.5-VL-7B-Instruct", "AutoSelect paper, Table 3, on Qwen2.5-VL-7B",
      "5,000 steps", "0.333, 0.222, 0.111 of autoselect, fastv, holov")])
 def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, tmp_path, capsys,
@@ -67,7 +68,9 @@ def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, 
     (unknown,) = lines["download"]
     assert "the hub cannot be reached: sizes unknown" in unknown and "(lmms-lab/MME)" in unknown
     assert lines["hours"] == ["unknown before the check, which comes first"]
-    assert ("by hand" in lines) == (method == "stepprune")
+    assert lines.get("by hand") == {
+        "stepprune": ["the pictures of llava-665k, in --images None"],
+        "recon": ["copies of coco, docvqa, chartqa, in --train '--path ...'"]}.get(method)
     if method == "stepprune":
         marked = dict(part.split("] ") for part in lines["settings"][0].split("; "))
         missing = [part.split("=")[0] for part in marked["[value not available"].split(", ")]
@@ -190,7 +193,7 @@ def test_a_check_that_fails_ends_it_unless_told_otherwise(root, tmp_path, capsys
     headline.main([*words, "--despite"])
     printed = capsys.readouterr().out
     assert "- train: 2 steps of 2 pictures of folder = 4" in printed
-    assert "COCO alone" in printed and (tmp_path / "out/headline.md").exists()
+    assert "Table 2: Table 1's checkpoint" in printed and (tmp_path / "out/headline.md").exists()
 
 
 def test_a_method_without_a_headline_is_refused(tmp_path, monkeypatch):
