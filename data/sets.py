@@ -100,7 +100,7 @@ def settle(config) -> None:
     for option in fields(Chosen):
         if isinstance(value := getattr(config, option.name), list):
             setattr(config, option.name, one_or_all(value))
-    if config.images and config.data == "scenes":
+    if config.images and config.data in ("scenes", "folder"):
         several = isinstance(config.images, list)
         config.data = ["folder"] * len(config.images) if several else "folder"
     parts = chosen(config)

@@ -89,6 +89,8 @@ class Hub(BaseHTTPRequestHandler):
              "lmms-lab/MMBench": {"en/dev-0.parquet": 5e8, "README.md": 1e9,
                                   "en/test-0.parquet": 1e9, "cn/dev-0.parquet": 4e8},
              "lmms-lab/SEED-Bench": {"data/test-0.parquet": 2e9, "data/train-0.parquet": 8e9},
+             "detection-datasets/coco": {"data/train-0.parquet": 19e9, "data/val-0.parquet": 1e9},
+             "HuggingFaceM4/ChartQA": {"data/train-0.parquet": 1e9},
              "owner/llava-1.5-7b": {"model-1.safetensors": 14e9, "pytorch_model.bin": 14e9}}
 
     def do_GET(self):
@@ -114,6 +116,8 @@ def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatc
     lines = plan_of(capsys, "autoselect", "--model", layouts["llava-1.5-7b-hf"], "--out",
                     str(tmp_path), "--evaluate",
                     "--benchmarks gqa mmbench mmbench_cn seed seed_all pope")
+    mixed = plan_of(capsys, "recon", "--model", layouts["llava-v1.6-mistral-7b-hf"], "--out",
+                    str(tmp_path), "--evaluate", "--benchmarks mmbench")
     server.shutdown()
     # of a split, of a config; on the disk what two benchmarks ask for is counted once
     assert lines["download"] == [
@@ -123,6 +127,26 @@ def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatc
         "seed_all, 2.00 GB, lmms-lab/SEED-Bench",
         "pope, size unknown, lmms-lab-encoder/POPE and lmms-lab/POPE not found"]
     assert lines["disk"][0].startswith("5.90 GB in the caches; free")
+    # what is mixed has to lie here
+    assert mixed["download"] == [
+        "training, 19.00 GB, detection-datasets/coco", "training, size unknown, "
+        "lmms-lab-encoder/DocVQA and lmms-lab/DocVQA and HuggingFaceM4/DocumentVQA not found",
+        "training, 1.00 GB, HuggingFaceM4/ChartQA", "mmbench, 0.50 GB, lmms-lab/MMBench"]
+    assert mixed["disk"][0].startswith("20.50 GB in the caches; free")
+
+
+def test_data_given_by_hand_take_the_place_of_the_papers_mixture(layouts, tmp_path, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        scenes.render(scenes.make_scene(number)).save(tmp_path / f"photos/{number}.png")
+    for words, said in (
+            (f"--path {tmp_path}/photos x y", "coco, 9,000 of docvqa, 9,000 of chartqa = 18,003"),
+            (f"--data folder --images {tmp_path}/photos --take 2", "of 2 of folder = 2,")):
+        lines = plan_of(capsys, "recon", "--model", layouts["llava-v1.6-mistral-7b-hf"], "--out",
+                        str(tmp_path / "out"), "--train", f"{words} --epochs 1 --batch 1")
+        assert said in lines["train"][0] and "by hand" not in lines
 
 
 def rehearse(root, out, *more) -> None:
