@@ -43,10 +43,12 @@ def pictures(folder, family: int, n: int) -> str:
 
 
 def charts(folder, family: int, n: int) -> str:
-    """Like ChartQA, two questions about each chart."""
+    """Like ChartQA, two questions about each chart, with captions too."""
     images = [coloured(family, number) for number in range(n) for _ in range(2)]
-    table = {"image": images, "query": ["why ?"] * 2 * n}
-    features = datasets.Features({"image": datasets.Image(), "query": datasets.Value("string")})
+    table = {"image": images, "query": ["why ?"] * 2 * n,
+             "caption_enriched": ["there is a red circle"] * 2 * n}
+    text = datasets.Value("string")
+    features = datasets.Features({"image": datasets.Image()} | dict.fromkeys([*table][1:], text))
     folder.mkdir()
     datasets.Dataset.from_dict(table, features).to_parquet(folder / "train-0.parquet")
     return str(folder)
@@ -133,6 +135,7 @@ def test_of_one_set_alone_a_part_may_be_taken(tiny, tmp_path):
     folder = pictures(tmp_path / "photos", 1, 6)
     found = names(tiny, read(tiny, config(images=[folder], take=[.5], steps=1)))
     assert len({*found}) == 3 and sorted(found[:3]) == sorted(found[3:])
+    assert config(data=["scenes"], epochs=0.0, take=[0.0]).take is None       # all of them
     scenes = config(data=["scenes"], n_pictures=9, take=[4.0])
     data = open_data(scenes, tiny, "dialogue")
     assert len(data) == 4 and all(len(turns) == 2 for _, _, turns, _ in data)
@@ -222,6 +225,31 @@ def test_features_of_a_mixture_are_those_of_its_pictures(tiny, three, tmp_path):
             cached(change, tiny, open_data(change, tiny, "picture"), "picture")
 
 
+def test_features_of_other_counts_or_other_stand_ins_are_refused(tiny, tmp_path):
+    def make(rows, **options):
+        options = config(cache_features=str(tmp_path / rows), **options)
+        return cached(options, tiny, open_data(options, tiny, rows), rows)
+    folders = [pictures(tmp_path / name, family, 3) for family, name in enumerate("ab")]
+    assert len(make("picture", images=folders)) == 6
+    (tmp_path / "a/02.png").rename(tmp_path / "b/03.png")
+    with pytest.raises(ValueError, match=r"pictures: \[3, 3\] there, \[2, 4\] here"):
+        make("picture", images=folders)
+    # of one of the sets, the text decides which picture stands in
+    texts = dict(data=["scenes", "imagenet-captions"], n_pictures=2,
+                 path=["-", charts(tmp_path / "captions", 2, 2)])
+    make("dialogue", prompt="what is there ?", **texts)
+    with pytest.raises(ValueError, match="text: .*'what is there .'. there, .*'where is it .'. he"):
+        make("dialogue", prompt="where is it ?", **texts)
+
+
+def test_a_picture_of_a_mixture_that_is_of_no_use_is_named(tiny, tmp_path):
+    folders = [pictures(tmp_path / name, family, 3) for family, name in enumerate("ab")]
+    (tmp_path / "b/01.png").write_text("no picture")
+    found = read(tiny, config(images=folders, steps=1, micro=6))
+    (line,) = found[0].skipped
+    assert line.startswith("01.png: ") and names(tiny, found).count((1, 2)) == 2
+
+
 # ------------------------------------------------------------ what is refused
 
 
@@ -252,6 +280,8 @@ def test_a_mixture_reads_an_option_that_one_of_its_sets_reads():
                      prompt="why ?", n_pictures=5, questions=3, split=["-", "validation", "-"])
     assert chosen(options) == [Chosen("scenes"), Chosen("imagenet-captions", "a", "validation"),
                                Chosen("llava-665k", "b")]
+    # rows of a JSON file have numbers, whether it has to be fetched or not
+    assert not Chosen("llava-665k", images="b").is_streamed and Chosen("coco").is_streamed
 
 
 def test_too_few_pictures_are_refused_by_both_numbers(tiny, three):
