@@ -267,9 +267,9 @@ def options_class(config_class: type) -> type:
 # ------------------------------------------------------------------------------------ commands
 
 
-def many(default: list, text: str):
-    """An option of several values."""
-    return field(default_factory=lambda: list(default), metadata={"help": text})
+def many(default: list, text: str, **how):
+    """An option of several values. how: choices, and what else add_argument() takes."""
+    return field(default_factory=lambda: list(default), metadata={"help": text, **how})
 
 
 # most CPUs have to emulate products in bfloat16, three to six times as slow as in float32

@@ -88,6 +88,8 @@ TOGETHER = {
         "--data coco --path {nowhere}", "--data folder", "--images {pictures}", "--heads 3",
         "--batch 6 --micro 4", "--push nobody", "--push a/b/c", "--push user/new", "--steps 0",
         "--epochs 1 --questions 3", "--data llava-665k --n_pictures 5", "--images x",
+        "--data coco docvqa --path {pictures}", "--data scenes coco --path - {nowhere}",
+        "--data scenes docvqa --epochs 1 --take 1.5 0", "--images {pictures} x --split a -",
         "--method nothing", "--run {damaged}", "--run {results}", "--model {pictures}"],
     "train.py stepprune": ["--prompt why", "--heads 5"],
     "train.py recon": ["--prompt why", "--questions 3", "--n_pictures 5", "--keep_low .9",

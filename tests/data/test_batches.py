@@ -33,6 +33,7 @@ def config(**changes):
         split=None,
         prompt="what is there ?",
         images=None,
+        take=None,
         questions=3,
         n_pictures=6,
         epochs=0.0,
