@@ -73,7 +73,8 @@ class TrainConfig:
                            "pictures, drawn by --seed. Of several one each")
     prompt: str = HfArg(default="Describe the image briefly.",
                         help="asked where a data set has captions alone [ours]")
-    questions: int = HfArg(default=7, help="most questions a picture [ours]")
+    questions: int = HfArg(default=7, help="most questions a picture; 0: of scenes the caption "
+                                            "alone [ours]")
     n_pictures: int = HfArg(default=2400, help="scenes to go through in epochs [ours]")
     cache_features: str | None = HfArg(default=None, help="keep the encoder's features in this "
                                                           "folder, made once")
@@ -88,7 +89,7 @@ class TrainConfig:
     overwrite: bool = HfArg(default=False, help="begin anew although --run holds a run")
 
     def __post_init__(self):
-        runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=1, steps=0,
+        runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=0, steps=0,
                            epochs=0, micro=0, lr=0, seed=0, workers=0, take=0)
         settle(self)
         if not self.steps and not self.epochs:

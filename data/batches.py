@@ -104,6 +104,10 @@ def open_data(config, vlm: FrozenVLM, rows: str) -> Items:
         if rows != "picture" and not has_text(part.data):
             raise ValueError(f"data={part.data!r} has pictures and no text: expected data with "
                              "questions, or a method that reads pictures alone")
+        if rows != "picture" and not config.questions and (rows, part.data) != ("dialogue",
+                                                                                "scenes"):
+            raise ValueError(f"questions=0 with data={part.data!r}: expected at least 1; of scenes "
+                             "alone there are captions, for methods that read no question")
     if streamed := to_copy(parts):
         raise ValueError(f"data={config.data!r}: {', '.join(streamed)} would be streamed, and what "
                          "is mixed or taken in part must lie here: expected --path of local copies")
