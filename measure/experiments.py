@@ -68,10 +68,10 @@ class Job:
     def run(self) -> Path:
         return RUNS / self.vlm / f"{self.name}_s{self.seed}"
 
-    def command(self, run: Path, *more: str) -> list[str]:
+    def command(self, run: Path) -> list[str]:
         return [sys.executable, "train.py", *shlex.split(self.setting.train), "--model",
                 f"tiny/{self.vlm}", "--seed", str(self.seed), "--run", str(run), "--evaluate",
-                "False", *more]
+                "False"]
 
     def made(self) -> dict:
         """What the run was made by: command and code."""
@@ -180,12 +180,10 @@ def prove(job: Job) -> bool:
     """Train the first steps of a finished run again, with the code as it is: where their losses are
     those of the run, to what another number of threads changes, it is taken for one of this code.
     """
-    steps = runs.read_json(job.run / "config.json")["training"]["steps"]
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder, "run")
-        # schedules follow from the number of all steps: the run is begun as it was, and ended early
-        process = subprocess.Popen(job.command(again, "--steps", str(steps), "--epochs", "0"),
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(job.command(again), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
         while process.poll() is None and not (
                 (again / "log.jsonl").exists() and len(first_losses(again)) == FIRST):
             time.sleep(.2)
