@@ -58,6 +58,7 @@ claims: .venv/ready
 	$(BIN)/python -m measure.experiments
 	$(BIN)/python -m measure.claims
 shipped:
+	rm -rf $(foreach r,headline rivals_llava rivals_qwen2_5_vl,results/$(r)/predictions)
 	for m in autoselect stepprune recon; do rm -rf results/$${m}_tiny/selector; \
 		cp -r runs/claims/llava/$${m}_s0/selector results/$${m}_tiny/selector; done
 SEEDS := 0 1 2

@@ -192,9 +192,8 @@ def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: 
 
     def calibration():
         return answering.calibration_batches(vlm, steering, config.batch or MOST_AT_A_TIME)
-    ways, weights = ways_of(config, vlm, selectors, calibration)
-    files = {}
-    for (method, k), way in ways.items():
+
+    def file_of(method: str, k, way, weights: dict) -> Predictions:
         steered = {"steered on": where} if way and way.adaptive else {}
         header = {
             "benchmark": name, "model": config.model, "fingerprint": vlm.fingerprint(),
@@ -203,8 +202,10 @@ def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: 
             "dtype": config.dtype, "questions": len(asked), **weights.get(method, {}), **steered,
             "versions": {package: version(package) for package in ("torch", "transformers")}}
         path = Path(config.out) / "predictions" / name / f"{file_name(method, k)}.jsonl"
-        files[method, k] = Predictions(path, header, asked, state.process_index,
-                                       state.num_processes)
+        return Predictions(path, header, asked, state.process_index, state.num_processes)
+    file_of(*scores.VANILLA, None, {})       # answers of something else? said before the steering
+    ways, weights = ways_of(config, vlm, selectors, calibration)
+    files = {(method, k): file_of(method, k, way, weights) for (method, k), way in ways.items()}
     batch = config.batch or answering.most_at_a_time(vlm, asked, ways, MOST_AT_A_TIME)
     batch = min(gather_object([batch]))
     try:

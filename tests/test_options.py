@@ -49,7 +49,7 @@ def test_the_least_and_the_most_of_an_option_are_taken_and_what_is_beyond_is_not
 
 
 @pytest.mark.parametrize("config, least", [
-    (train.TrainConfig, dict(batch=1, save_every=1, questions=1, micro=0, lr=0, seed=0,
+    (train.TrainConfig, dict(batch=1, save_every=1, questions=0, micro=0, lr=0, seed=0,
                              workers=0)),
     (evaluate.EvalConfig, dict(sample=0, calibration=1, batch=0, resamples=1, seed=0))])
 def test_the_least_of_what_training_and_evaluation_take(config, least):

@@ -226,3 +226,14 @@ def test_a_budget_that_a_rival_cannot_have_leaves_out_its_row_alone(tmp_path, ca
     for name in ["pdrop", *others[1:]]:
         assert re.search(f"{name} 16: left out, keep=16 .* the least is 36.8", said)
     assert [line["method"] for line in lines] == ["vanilla", *others[:1]]
+
+
+def test_answers_of_something_else_are_refused_before_a_method_is_steered(tmp_path, monkeypatch):
+    evaluate.main(arguments(tmp_path, "llava", ["random"]))
+
+    def steered(*_):
+        raise AssertionError("what takes long was begun")
+    monkeypatch.setattr(answering, "calibration_batches", steered)
+    other = ["--seed", "1", "--run", "results/stepprune_tiny/selector"]
+    with pytest.raises(ValueError, match=r"vanilla-0.jsonl holds answers of something else .seed"):
+        evaluate.main([*arguments(tmp_path, "llava", ["random"]), *other])
