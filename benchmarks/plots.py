@@ -28,7 +28,8 @@ MARKERS = "os^Dv<>pPX*h"
 
 
 def save(figure, path: Path, dpi: int = 130) -> None:
-    write_whole(Path(path), partial(figure.savefig, dpi=dpi, format="png"))
+    kind = Path(path).suffix[1:] or "png"              # the temporary file has another ending
+    write_whole(Path(path), partial(figure.savefig, dpi=dpi, format=kind))
     plt.close(figure)
 
 
