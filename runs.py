@@ -412,7 +412,7 @@ def describe(config, selector, vlm, free: tuple) -> dict:
 def code_of(name: str) -> str:
     """A fingerprint of a method's file and of those whose parts it takes, comments and docstrings
     apart: what was made by other code has another one."""
-    text, found, known = "", [name], method_names()
+    text, found, known = "", [load_method(name).__name__], method_names()
     for stem in found:                                # which grows
         path = Path(importlib.util.find_spec(stem).origin)
         tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -167,8 +167,8 @@ def train(listed: list[Job], at_once: int) -> None:
             if process.returncode:
                 failed.append(str(job.run))
     if failed:
-        raise RuntimeError(f"{', '.join(failed)} failed: the .txt beside each says why; the same "
-                           "command goes on")
+        raise RuntimeError(f"{', '.join(sorted(failed))} failed: the .txt beside each says why; "
+                           "the same command goes on")
 
 
 def first_losses(run: Path) -> list[float]:
