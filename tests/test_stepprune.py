@@ -166,29 +166,37 @@ def test_a_price_is_read_only_where_it_is_told(price):
     assert all(torch.allclose(each[row], slots[row == 1][row]) for row in range(3))
 
 
+def noise_of(owner):
+    """What step.generators() gives: one a row."""
+    return [torch.Generator().manual_seed(row) for row in range(len(owner))]
+
+
+def loss_of(tiny, **changes):
+    """VLM, StepPrune, two pictures, their units, and loss() of step 67 of 100, of which they are a
+    part."""
+    vlm, items = tiny
+    torch.manual_seed(0)
+    net = sp.StepPrune(sp.Config.of(vlm, max_steps=12, heads=2, **changes)).double().train()
+    batch = part_of(vlm, items[:2])
+    units = net.read(vlm, batch)
+    step = step_of(67, 100, answers=40.0, rows=10.0, generators=noise_of)
+    net.observe(vlm, [(batch, units)], step)
+    return vlm, net, batch, units, net.loss(vlm, batch, units, step)
+
+
 @pytest.mark.parametrize("price", ["told", "constant"])
 def test_every_row_pays_the_price_that_it_is_told(tiny, price):
     """Told: drawn anew from the row's own generator, between lambda's peak and where it has fallen
     to. Constant: from the first step to the last."""
-    vlm, items = tiny
-    torch.manual_seed(0)
-    net = sp.StepPrune(sp.Config.of(vlm, max_steps=12, heads=2, price=price)).double().train()
-    batch = part_of(vlm, items[:2])
-    units = net.read(vlm, batch)
-
-    def noise(owner):
-        return [torch.Generator().manual_seed(row) for row in range(len(owner))]
-    step = step_of(67, 100, answers=40.0, rows=10.0, generators=noise)
-    net.observe(vlm, [(batch, units)], step)
-    loss, log = net.loss(vlm, batch, units, step)
-    drawn = noise(batch.owner)
+    vlm, net, batch, units, (loss, log) = loss_of(tiny, price=price)
+    drawn = noise_of(batch.owner)
     fallen = torch.stack([torch.rand((), generator=g) for g in drawn]) * (67 / 100 - .45) / .45
     weight = torch.full_like(fallen, 3.)
     if price == "told":
         weight = 3 * (.1 / 3) ** fallen
         assert .5 < weight.min() < weight.max() < 2.99
     else:
-        fallen, drawn = fallen * 0, noise(batch.owner)
+        fallen, drawn = fallen * 0, noise_of(batch.owner)
     gated, _, _, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0, drawn,
                                 fallen)
     nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
@@ -527,19 +535,9 @@ def test_the_number_of_parts_changes_neither_k_bar_nor_the_selector(tiny, k_rule
 
 def test_the_loss_is_equation_15(tiny):
     """-log p of the answers through the gate, plus lambda times each row's expected share."""
-    vlm, items = tiny
-    torch.manual_seed(0)
-    net = sp.StepPrune(sp.Config.of(vlm, max_steps=12, heads=2)).double().train()
-    batch = part_of(vlm, items[:2])
-    units = net.read(vlm, batch)
-
-    def noise(owner):
-        return [torch.Generator().manual_seed(row) for row in range(len(owner))]
-    step = step_of(67, 100, answers=40.0, rows=10.0, generators=noise)
-    net.observe(vlm, [(batch, units)], step)
-    loss, log = net.loss(vlm, batch, units, step)
+    vlm, net, batch, units, (loss, log) = loss_of(tiny)
     gated, a, episode, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0,
-                                      noise(batch.owner))
+                                      noise_of(batch.owner))
     nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
     price = sp.length_weight(67, 100, 3.0, 0.1, sp.fall(67, 100)) * (expected / 144).sum() / 10
     assert loss.item() == pytest.approx((nll * batch.answers / 40 + price).item(), rel=1e-9)
