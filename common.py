@@ -207,6 +207,7 @@ class Prompt:
     Inside the language model also (baselines/inside.py)
     origin (B, L) int64: a visual token's index among those that entered, -1 for text
     log_size (B, L): added to the attention logits of a token as a key; None for nothing
+    later (n, B, L, D): the i-th is added to what layer i gives, where tokens enter at several
     """
     embeds: Tensor
     mask: Tensor
@@ -215,6 +216,7 @@ class Prompt:
     is_visual: Tensor
     origin: Tensor | None = None
     log_size: Tensor | None = None
+    later: Tensor | None = None
 
     def only(self, stays: Tensor) -> "Prompt":
         """The tokens in stays (B, L) bool, left padded anew; each keeps its position and label."""
@@ -223,15 +225,15 @@ class Prompt:
         # a stable sort by "stays" moves what stays to the right end in its old order: left padding
         index = stays.int().argsort(dim=1, stable=True)[:, -width:]
         mask = torch.arange(width, device=index.device) >= width - count[:, None]
+        at = torch.arange(len(index), device=index.device)[:, None], index
 
         def gather(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.gather(1, index)
+            return None if x is None else x[at]
         labels = gather(self.labels)
-        pos = self.pos.gather(-1, index.expand(*self.pos.shape[:-1], -1))
-        embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
-        return Prompt(embeds, mask.long(), pos.masked_fill(~mask, 0),
+        return Prompt(self.embeds[at], mask.long(), self.pos[..., *at].masked_fill(~mask, 0),
                       None if labels is None else labels.masked_fill(~mask, IGNORE),
-                      gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size))
+                      gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size),
+                      None if self.later is None else self.later[:, *at])
 
 
 # ---------------------------------------------------------------------------- families of VLMs
@@ -303,6 +305,10 @@ class Adapter(ABC):
         """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
         return self.model.multi_modal_projector(feats)
 
+    def later(self, feats: Tensor, unit: Tensor) -> Tensor | None:
+        """(n, K, D) of the same: the i-th is added to what layer i makes of the units' tokens."""
+        return None
+
     def slots(self, batch) -> tuple[Tensor, Tensor] | None:
         """unit (S,), line (S,) int64 of every image token; None if the i-th shows unit i.
 
@@ -367,10 +373,8 @@ class QwenAdapter(Adapter):
         super().__init__(model)
         vision = self.config.vision_config
         self.merge = vision.spatial_merge_size
-        self.unit_side = vision.patch_size * self.merge
-        self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
-                           patch_size=vision.patch_size)
-        self.whole = sorted(vision.fullatt_block_indexes)
+        self.unit_side = self.patch * self.merge
+        self.whole = sorted(getattr(vision, "fullatt_block_indexes", self.whole))
 
     def encode(self, batch):
         grid = batch["image_grid_thw"]
@@ -381,11 +385,12 @@ class QwenAdapter(Adapter):
     def _raster(self, x: Tensor, batch) -> Tensor:
         """(n, d) of all patches -> (M, P, d). The encoder leaves its blocks in the order of its
         attention windows; selectors expect raster order."""
-        window, _ = get_vision_window_index(batch["image_grid_thw"], **self.window)
+        window, _ = get_vision_window_index(batch["image_grid_thw"], self.merge,
+                                            self.config.vision_config.window_size, self.patch)
         return x.view(-1, self.merge ** 2, x.shape[-1])[window.to(x.device).argsort()]
 
     def pixels(self, batch):
-        grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
+        grid, side = batch["image_grid_thw"].tolist(), self.patch
         parts = batch["pixel_values"].split([h * w for _, h, w in grid])
         pictures = []
         for (_, h, w), x in zip(grid, parts):
@@ -816,27 +821,48 @@ class FrozenVLM(nn.Module):
         stays = shows_kept | is_newline & torch.isin(line, line[shows_kept])
 
         # feats hold the kept units in their own order, the prompt shows them in that of its slots
-        place = kept.cumsum(0) - 1
-        tokens = self.project(feats, kept.nonzero().flatten())[place[unit[shows_kept]]]
+        place = (kept.cumsum(0) - 1)[unit[shows_kept]]
+        which = kept.nonzero().flatten()
+        tokens = self.project(feats, which)[place]
+        later = self.adapter.later(feats.to(self.dtype), which)
         # detach: with activation checkpointing the embedding's output would want a gradient
         embeds = self.lm.get_input_embeddings()(ids).detach()
         if is_newline.any():
             embeds = torch.where(is_visual[..., None], self.model.model.image_newline, embeds)
         at_kept = is_visual.masked_scatter(is_visual, shows_kept)
         embeds = embeds.masked_scatter(at_kept[..., None], tokens)
+        if later is not None:
+            zeros = embeds.new_zeros(len(later), *embeds.shape)
+            later = zeros.masked_scatter(at_kept[..., None], later[:, place])
 
         # positions are those of the full prompt; Prompt.only() takes each along with its token
         visual_left = is_visual.masked_scatter(is_visual, stays)
         full = Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"),
-                      visual_left)
+                      visual_left, later=later)
         return full.only(mask & (visual_left | ~is_visual))
 
     def _states(self, prompt: Prompt) -> Tensor:
         """(B, L, D), after the last layer and its norm."""
         # Always with a mask: without one, transformers takes each gap in the positions for the
         # start of another packed text, and silently lets nothing attend across it.
-        return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask,
-                       position_ids=prompt.pos, use_cache=False).last_hidden_state
+        with self.entering(prompt.later):
+            return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask,
+                           position_ids=prompt.pos, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def entering(self, later: Tensor | None):
+        """The next pass of the language model adds later[i] to what layer i gives."""
+        def at(i: int):
+            def add(layer, args, states):
+                hooks[i].remove()                             # what is decoded has nothing to add
+                return states + later[i]
+            return self.lm.layers[i].register_forward_hook(add)
+        hooks = [at(i) for i in range(0 if later is None else len(later))]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """(B, L, V); logits[:, i] predict token i + 1."""
@@ -864,7 +890,7 @@ class FrozenVLM(nn.Module):
         Sampling and penalties of the checkpoint's generation config are off. streamer: of
         transformers; it gets nothing for the prompt, then the tokens of a single row.
         """
-        with self.decoding():
+        with self.decoding(), self.entering(prompt.later):
             tokens = self.model.generate(
                 inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
                 max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,

@@ -6,10 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tiny_models import (
     CLIP,
     MODELS,
+    NATIVE,
     VIDEO,
     internvl,
     llava,
@@ -37,6 +39,7 @@ ANSWERED = [
 GRIDS = {
     "llava": [(6, 6)] * 3,
     "qwen": [(3, 5), (4, 3), (3, 3)],
+    "qwen3": [(3, 5), (4, 3), (3, 3)],
     "llava_next": [(3 * 4, 4), (4 * 4, 4), (3 * 4, 4)],
     "internvl": [(3 * 3, 3), (3 * 3, 3), (3, 3)],
     "llava_next_video": [(2 * 3, 3)] * 3,
@@ -137,8 +140,12 @@ def stock_features(stock, batch):
         return torch.cat(rows)
 
 
+def has_mrope(stock):
+    return stock.config.model_type.startswith("qwen")
+
+
 def stock_positions(stock, batch):
-    if stock.config.model_type != "qwen2_5_vl":
+    if not has_mrope(stock):
         return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     ids = batch["input_ids"]
     return stock.model.get_rope_index(
@@ -201,16 +208,34 @@ def full_embeds(stock, batch):
         )
 
 
-def hidden_logits(stock, embeds, positions, visible):
+def stock_logits(stock, batch, embeds, mask, positions):
+    """Logits of what full_embeds() made of a batch, and of more text behind it. No cache. Where
+    visual tokens enter at several layers, the stock language model adds all of them."""
+    how = dict(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    )
+    if not hasattr(stock.config.vision_config, "deepstack_visual_indexes"):
+        return stock(**how).logits
+    features = stock.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    visual = batch["input_ids"] == token_id(stock)
+    states = stock.model.language_model(
+        **how,
+        visual_pos_masks=F.pad(visual, (0, embeds.shape[1] - visual.shape[1])),
+        deepstack_visual_embeds=[  # of each picture in later versions
+            x if isinstance(x, torch.Tensor) else torch.cat(x) for x in features.deepstack_features
+        ],
+    )
+    return stock.lm_head(states.last_hidden_state)
+
+
+def hidden_logits(stock, batch, embeds, positions, visible):
     """Logits of the full sequence, in which a 4-D mask hides what is not visible. No cache."""
     length = embeds.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & visible[:, None, None]
     mask = mask | torch.eye(length, dtype=torch.bool)  # a hidden token sees itself: no row of NaN
     mask = {"full_attention": mask} if stock.config.model_type == "qwen2_5_vl" else mask
     with torch.no_grad():
-        return stock(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).logits
+        return stock_logits(stock, batch, embeds, mask, positions)
 
 
 def greedy_reference(vlm, stock, batch, keep, steps):
@@ -219,7 +244,7 @@ def greedy_reference(vlm, stock, batch, keep, steps):
     embeds, positions = full_embeds(stock, batch), stock_positions(stock, batch)
     visible, tokens = visible_tokens(vlm, stock, batch, keep), []
     for _ in range(steps):
-        tokens.append(hidden_logits(stock, embeds, positions, visible)[:, -1:].argmax(-1))
+        tokens.append(hidden_logits(stock, batch, embeds, positions, visible)[:, -1:].argmax(-1))
         embeds = torch.cat([embeds, stock.get_input_embeddings()(tokens[-1])], 1)
         visible = torch.cat([visible, torch.ones_like(tokens[-1]).bool()], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
@@ -271,13 +296,13 @@ def test_units_describe_the_images(vlm, asked, family):
         == SHOWN.get(family, units.counts)
     )
     assert units.image_of.tolist() == [row for row, n in enumerate(units.counts) for _ in range(n)]
-    patches = [4] if family in ("qwen", "internvl", "llava_onevision") else []
-    assert units.feats.shape == (sum(units.counts), *patches, vlm.width)
+    patches = {"qwen": [4], "qwen3": [4 * 3], "internvl": [4], "llava_onevision": [4]}
+    assert units.feats.shape == (sum(units.counts), *patches.get(family, []), vlm.width)
     assert not units.feats.requires_grad and vlm.embed(asked, units).embeds.shape[-1] == vlm.dim
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1, 3])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NATIVE])
 def test_any_feature_layer_will_do(name, layer, tmp_path, images):
     path = MODELS[name](tmp_path, vision_feature_layer=layer)
     vlm = FrozenVLM.from_pretrained(path, dtype=torch.float64)
@@ -292,7 +317,7 @@ def test_any_feature_layer_will_do(name, layer, tmp_path, images):
 def test_keeping_every_unit_changes_nothing(vlm, stock, asked):
     units, real = vlm.encode(asked), asked["attention_mask"].bool()
     inputs = stock_inputs(stock, asked)
-    if stock.config.model_type != "qwen2_5_vl":  # forward, unlike generate, would count the padding
+    if not has_mrope(stock):  # forward, unlike generate, would count the padding
         inputs["position_ids"] = stock_positions(stock, asked)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
@@ -310,7 +335,7 @@ def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered, ke
     units, visible = vlm.encode(answered), visible_tokens(vlm, stock, answered, keep)
     prompt = vlm.prune(answered, units, keep)
     real, positions = prompt.mask.bool(), stock_positions(stock, answered)
-    expected = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    expected = hidden_logits(stock, answered, full_embeds(stock, answered), positions, visible)
     assert prompt.mask.sum(1).tolist() == visible.sum(1).tolist()
     assert (prompt.mask.diff(dim=1) >= 0).all()  # left padded
     newlines = {"llava_next": [1, 0, 0], "llava_onevision": [1, 0, 1]}.get(family, [0] * 3)
@@ -330,7 +355,7 @@ def test_what_stepprune_keeps_is_pruned_exactly(vlm, stock, answered):
     prompt = vlm.prune(answered, units, keep)
     visible, real = visible_tokens(vlm, stock, answered, keep), prompt.mask.bool()
     expected = hidden_logits(
-        stock, full_embeds(stock, answered), stock_positions(stock, answered), visible
+        stock, answered, full_embeds(stock, answered), stock_positions(stock, answered), visible
     )
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -434,7 +459,7 @@ def test_several_images_kept_whole_are_the_stock_model(vlm, stock, album, family
     assert [(album["input_ids"][row] == vlm.image_id).sum().item() for row in range(3)] == [
         len(x) for x in units_at(vlm, stock, album)
     ]
-    if stock.config.model_type != "qwen2_5_vl":
+    if not has_mrope(stock):
         inputs["position_ids"] = stock_positions(stock, album)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
@@ -466,7 +491,7 @@ def test_several_images_pruned_are_hidden_tokens(vlm, stock, album):
     keep = [first[[0, 2, -4, -1]], second[:0], third[-3:]]
     visible, prompt = visible_tokens(vlm, stock, album, keep), vlm.prune(album, units, keep)
     real, positions = prompt.mask.bool(), stock_positions(stock, album)
-    expected = hidden_logits(stock, full_embeds(stock, album), positions, visible)
+    expected = hidden_logits(stock, album, full_embeds(stock, album), positions, visible)
     torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -487,7 +512,7 @@ def test_images_of_one_row_know_nothing_of_each_other_in_the_encoder(vlm, images
     assert (shared.grid, shared.views, shared.shapes) == (fresh.grid, fresh.views, fresh.shapes)
     assert shared.apart().grid == fresh.apart().grid
     torch.testing.assert_close(shared.feats, fresh.feats, **TOLERANCE)
-    if family == "qwen":
+    if family in NATIVE:
         assert units.grid == [(15 + 12, 1), (3, 3), (9 + 15, 1)] and units.views == [2, 1, 2]
         assert units.apart().grid == [(3, 5), (4, 3), (3, 3), (3, 3), (3, 5)]
 
@@ -499,7 +524,7 @@ def test_images_of_one_row_know_nothing_of_each_other_in_the_encoder(vlm, images
 def test_loss_is_the_masked_reference(vlm, stock, answered, keep):
     visible = visible_tokens(vlm, stock, answered, keep)
     labels, positions = answered["labels"], stock_positions(stock, answered)
-    logits = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    logits = hidden_logits(stock, answered, full_embeds(stock, answered), positions, visible)
     rows = []
     for row in range(len(keep)):
         # the token to the left predicts; in the full sequence that is a text token here, never a
