@@ -207,7 +207,7 @@ class Prompt:
     Inside the language model also (baselines/inside.py)
     origin (B, L) int64: a visual token's index among those that entered, -1 for text
     log_size (B, L): added to the attention logits of a token as a key; None for nothing
-    later (n, B, L, D): the i-th is added to what layer i gives, where tokens enter at several
+    later n times (B, L, D): what is added to the states behind layers 0 to n - 1
     """
     embeds: Tensor
     mask: Tensor
@@ -216,7 +216,7 @@ class Prompt:
     is_visual: Tensor
     origin: Tensor | None = None
     log_size: Tensor | None = None
-    later: Tensor | None = None
+    later: tuple[Tensor, ...] = ()
 
     def only(self, stays: Tensor) -> "Prompt":
         """The tokens in stays (B, L) bool, left padded anew; each keeps its position and label."""
@@ -233,7 +233,7 @@ class Prompt:
         return Prompt(self.embeds[at], mask.long(), self.pos[..., *at].masked_fill(~mask, 0),
                       None if labels is None else labels.masked_fill(~mask, IGNORE),
                       gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size),
-                      None if self.later is None else self.later[:, *at])
+                      tuple(x[at] for x in self.later))
 
 
 # ---------------------------------------------------------------------------- families of VLMs
@@ -305,9 +305,10 @@ class Adapter(ABC):
         """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
         return self.model.multi_modal_projector(feats)
 
-    def later(self, feats: Tensor, unit: Tensor) -> Tensor | None:
-        """(n, K, D) of the same: the i-th is added to what layer i makes of the units' tokens."""
-        return None
+    def later(self, feats: Tensor, unit: Tensor) -> list[Tensor]:
+        """n times (K, D), of the same: what enters behind layers 0 to n - 1 of the language model,
+        added to the units' tokens there."""
+        return []
 
     def slots(self, batch) -> tuple[Tensor, Tensor] | None:
         """unit (S,), line (S,) int64 of every image token; None if the i-th shows unit i.
@@ -824,16 +825,14 @@ class FrozenVLM(nn.Module):
         place = (kept.cumsum(0) - 1)[unit[shows_kept]]
         which = kept.nonzero().flatten()
         tokens = self.project(feats, which)[place]
-        later = self.adapter.later(feats.to(self.dtype), which)
         # detach: with activation checkpointing the embedding's output would want a gradient
         embeds = self.lm.get_input_embeddings()(ids).detach()
         if is_newline.any():
             embeds = torch.where(is_visual[..., None], self.model.model.image_newline, embeds)
         at_kept = is_visual.masked_scatter(is_visual, shows_kept)
         embeds = embeds.masked_scatter(at_kept[..., None], tokens)
-        if later is not None:
-            zeros = embeds.new_zeros(len(later), *embeds.shape)
-            later = zeros.masked_scatter(at_kept[..., None], later[:, place])
+        later = tuple(torch.zeros_like(embeds).masked_scatter(at_kept[..., None], x[place])
+                      for x in self.adapter.later(feats.to(self.dtype), which))
 
         # positions are those of the full prompt; Prompt.only() takes each along with its token
         visual_left = is_visual.masked_scatter(is_visual, stays)
@@ -850,18 +849,17 @@ class FrozenVLM(nn.Module):
                            position_ids=prompt.pos, use_cache=False).last_hidden_state
 
     @contextmanager
-    def entering(self, later: Tensor | None):
-        """The next pass of the language model adds later[i] to what layer i gives."""
-        def at(i: int):
-            def add(layer, args, states):
-                hooks[i].remove()                             # what is decoded has nothing to add
-                return states + later[i]
-            return self.lm.layers[i].register_forward_hook(add)
-        hooks = [at(i) for i in range(0 if later is None else len(later))]
+    def entering(self, later: tuple[Tensor, ...]):
+        """The next pass of the language model adds later[i] to the states behind layer i."""
+        def add(layer, args, states):
+            hooks[layer].remove()                      # what is decoded next has nothing to add
+            return states + adds[layer]
+        adds = dict(zip(self.lm.layers, later))
+        hooks = {layer: layer.register_forward_hook(add) for layer in adds}
         try:
             yield
         finally:
-            for hook in hooks:
+            for hook in hooks.values():
                 hook.remove()
 
     def logits(self, prompt: Prompt) -> Tensor:

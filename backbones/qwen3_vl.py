@@ -46,6 +46,4 @@ class Qwen3Adapter(QwenAdapter):
 
     def later(self, feats, unit):
         parts = feats.split(self.merge ** 2, 1)[1:]
-        if not parts:
-            return None
-        return torch.stack([merger(x.flatten(0, 1)) for merger, x in zip(self.early, parts)])
+        return [merger(x.flatten(0, 1)) for merger, x in zip(self.early, parts)]

@@ -367,7 +367,7 @@ def run_layers(vlm, prompt: Prompt, past: dict[int, Past], stages: dict[int, Rul
         before = prompt
         states = layer(prompt.embeds, attention_mask=mask, position_embeddings=rotary,
                        past_key_values=cache)
-        if prompt.later is not None and i < len(prompt.later):
+        if i < len(prompt.later):
             states = states + prompt.later[i]
         prompt = replace(prompt, embeds=states)
     return prompt

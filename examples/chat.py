@@ -19,17 +19,17 @@ class Tokens(NamedTuple):
     """Some tokens of one row.
 
     embeds (1, n, D) | pos (1, n), (3, 1, n) with M-RoPE | is_visual (1, n) bool
-    later (m, 1, n, D), of a Prompt; None for nothing, and in what the cache holds
+    later: of a Prompt; nothing in what the cache holds
     """
     embeds: Tensor
     pos: Tensor
     is_visual: Tensor
-    later: Tensor | None = None
+    later: tuple[Tensor, ...] = ()
 
     def cut(self, start: int, stop: int | None) -> "Tokens":
         return Tokens(self.embeds[:, start:stop], self.pos[..., start:stop],
                       self.is_visual[:, start:stop],
-                      None if self.later is None else self.later[:, :, start:stop])
+                      tuple(x[:, start:stop] for x in self.later))
 
     def followed_by(self, other: "Tokens") -> "Tokens":
         return Tokens(torch.cat([self.embeds, other.embeds], 1),

@@ -195,10 +195,8 @@ def test_positions_anew_are_those_of_a_text_of_this_length(vlm, images, family):
     old, new = (vlm.prune(batch, units, keep, positions=how) for how in ("original", "reindex"))
 
     def states(embeds):
-        later = new.later  # what has been decoded adds nothing
-        if later is not None:
-            later = F.pad(later, (0, 0, 0, embeds.shape[1] - later.shape[2]))
-        with vlm.entering(later):
+        more = embeds.shape[1] - new.embeds.shape[1]  # decoded tokens, which add nothing
+        with vlm.entering([F.pad(x, (0, 0, 0, more)) for x in new.later]):
             return vlm.lm(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
     expected = vlm.model.lm_head(states(new.embeds))

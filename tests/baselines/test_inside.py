@@ -348,7 +348,7 @@ def test_eager_attention_and_checkpointing_change_nothing(vlm, path, prompt):
     expected, words = logits_inside(vlm, prompt, stages)[0], generate_inside(vlm, prompt, stages, 6)
     # in float64, the stock eager attention turns padding into NaN: its softmax is in float32
     eager = FrozenVLM.from_pretrained(path, dtype=torch.float32, attn="eager")
-    later = None if prompt.later is None else prompt.later.float()
+    later = tuple(x.float() for x in prompt.later)
     single = replace(prompt, embeds=prompt.embeds.float(), later=later)
     found, left = logits_inside(eager, single, stages)
     real = left.mask.bool()

@@ -219,7 +219,7 @@ def test_sizes_are_tokens_repeated(vlm, prompt):
 
 def test_eager_attention_changes_nothing(vlm, path, prompt):
     eager = FrozenVLM.from_pretrained(path, dtype=torch.float32, attn="eager")
-    later = None if prompt.later is None else prompt.later.float()
+    later = tuple(x.float() for x in prompt.later)
     single = replace(prompt, embeds=prompt.embeds.float(), later=later)
     for name in ("pact", "sparsevlm"):
         expected, left = logits_inside(vlm, prompt, METHODS[name](5, visual(prompt)))
