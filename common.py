@@ -24,7 +24,7 @@ Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/. Prun
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
@@ -119,13 +119,10 @@ class Units:
         """Units of a batch whose row b shows image owner[b]: several questions about one image."""
         parts = [(self.image_of == b).nonzero().flatten() for b in owner]
         index = torch.cat(parts)
-        sizes = torch.tensor([len(part) for part in parts])
-        image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
-        views = None if self.views is None else [self.views[b] for b in owner]
-        shapes = None
-        if self.shapes is not None:
-            by_image = split_by(self.shapes, self.views)
-            shapes = [shape for b in owner for shape in by_image[b]]
+        image_of = torch.cat([torch.full_like(part, b) for b, part in enumerate(parts)])
+        views = self.views and [self.views[b] for b in owner]
+        by_image = self.shapes and split_by(self.shapes, self.views)
+        shapes = by_image and [shape for b in owner for shape in by_image[b]]
         has_token = None if self.has_token is None else self.has_token[index]
         readings = {name: x[index] for name, x in self.readings.items()}
         return Units(self.feats[index], image_of, [self.grid[b] for b in owner], views, has_token,
@@ -189,8 +186,7 @@ def kept_mask(units: Units, keep, name: str = "keep") -> Tensor:
         rows.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
     kept = torch.cat(rows).to(units.feats.device)
     if units.has_token is not None:
-        missing = (kept & ~units.has_token).nonzero().flatten().tolist()
-        if missing:
+        if missing := (kept & ~units.has_token).nonzero().flatten().tolist():
             row = int(units.image_of[missing[0]])
             unit = missing[0] - sum(units.counts[:row])
             raise ValueError(f"{name}[{row}] names {unit}, a unit without a token: expected units "
@@ -247,13 +243,14 @@ class Adapter(ABC):
     kind             what the chat template calls a picture: "image", or "video" of frames
     side, unit_side  units along a side of a view, 0 at native resolution; pixels of a unit's side
     square           whether the papers pad pictures to a square: the processor would cut them off
+    unlike_patches   P where a unit's patches come of several blocks, each of its own scale; else 0
     For rivals that read the encoder's attention (baselines/encoder.py)
     has_cls, depth   whether the encoder has a [CLS] token; blocks that feats go through
     whole            numbers, from 0, of its blocks whose attention spans a view
     fold(x, batch)   (T, n, d) of the encoder's tokens -> (M, d), the mean over each unit's
     """
     model_type = ""
-    processor_class, kind, side = AutoProcessor, "image", 0
+    processor_class, kind, side, unlike_patches = AutoProcessor, "image", 0, 0
     square, has_cls = False, False
     known: list[type["Adapter"]] = []
 
@@ -396,8 +393,8 @@ class QwenAdapter(Adapter):
         pictures = []
         for (_, h, w), x in zip(grid, parts):
             x = x.view(h // self.merge, w // self.merge, self.merge, self.merge, 3, -1, side, side)
-            x = x[..., 0, :, :]                   # a still picture stands in both of its two frames
-            x = x.permute(4, 0, 2, 5, 1, 3, 6)
+            # a still picture stands in both of its two frames
+            x = x[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6)
             pictures.append(x.reshape(3, h * side, w * side))
         return pictures
 
@@ -433,19 +430,6 @@ def find_adapter(config) -> type[Adapter]:
                          f"served by {names}: expected one of {types}, with their own towers; a "
                          "further family is one file in backbones/, see backbones/README.md")
     return serving[0]
-
-
-def fingerprint(adapter: Adapter) -> dict[str, str | int]:
-    """What a selector's weights depend on. One that never saw the language model depends on
-    vision_* and feature_layer alone. vision_side: 0 for native resolution."""
-    config, vision = adapter.config, adapter.config.vision_config
-    text = config.text_config
-    return dict(
-        model_type=config.model_type, vision_width=adapter.width, vision_patch=adapter.patch,
-        vision_side=adapter.side,
-        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-        feature_layer=getattr(config, "vision_feature_layer", -1), dim=text.hidden_size,
-        layers=text.num_hidden_layers, vocabulary=text.vocab_size)
 
 
 # ---------------------------------------------------------------------------- the frozen model
@@ -554,7 +538,16 @@ class FrozenVLM(nn.Module):
         return self.model.dtype
 
     def fingerprint(self) -> dict[str, str | int]:
-        return fingerprint(self.adapter)
+        """What a selector's weights depend on. One that never saw the language model depends on
+        vision_* and feature_layer alone. vision_side: 0 for native resolution."""
+        config = self.adapter.config
+        vision, text = config.vision_config, config.text_config
+        return dict(
+            model_type=config.model_type, vision_width=self.width, vision_patch=self.adapter.patch,
+            vision_side=self.adapter.side,
+            vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+            feature_layer=getattr(config, "vision_feature_layer", -1), dim=text.hidden_size,
+            layers=text.num_hidden_layers, vocabulary=text.vocab_size)
 
     def _message(self, role: str, text: str, images: int = 0) -> dict:
         pictures = [{"type": self.adapter.kind}] * images
@@ -688,20 +681,17 @@ class FrozenVLM(nn.Module):
         batch = self._inputs(images, list(texts), padding=True, add_special_tokens=special,
                              return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
-        self._check_lengths(batch["attention_mask"])
-        questions = [" ".join(question for question, _ in dialogue) for dialogue in turns]
-        asked = self.tokenizer(questions, add_special_tokens=False, padding=True,
-                               padding_side="right", return_tensors="pt")
-        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
-        return batch.to(self.device if device is None else device)
-
-    def _check_lengths(self, mask: Tensor) -> None:
-        for row, n in enumerate(mask.sum(1).tolist()):
+        for row, n in enumerate(batch["attention_mask"].sum(1).tolist()):
             if n > self.limit:
                 raise ValueError(
                     f"row {row} has {n} tokens, those of its image included: expected at most "
                     f"{self.limit}, the language model's positions or window of attention; "
                     "shorten its turns, or take a smaller picture or fewer frames")
+        questions = [" ".join(question for question, _ in dialogue) for dialogue in turns]
+        asked = self.tokenizer(questions, add_special_tokens=False, padding=True,
+                               padding_side="right", return_tensors="pt")
+        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
+        return batch.to(self.device if device is None else device)
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
@@ -714,7 +704,7 @@ class FrozenVLM(nn.Module):
         labels = torch.full_like(ids, IGNORE)
         tokens = self.tokenizer(list(texts), add_special_tokens=special,
                                 return_offsets_mapping=True)
-        for row in range(len(ids)):
+        for row, row_spans in enumerate(spans):
             pairs = [pair for pair in zip(tokens["input_ids"][row], tokens["offset_mapping"][row])
                      if pair[0] != self.image_id]
             column = is_text[row].nonzero().flatten()
@@ -722,8 +712,7 @@ class FrozenVLM(nn.Module):
                 raise RuntimeError(f"row {row}: but for the image, the processor's tokens are not "
                                    "the tokenizer's: expected a stock processor, the answers "
                                    "cannot be located")
-            is_answer = torch.tensor([any(end > first and start < last
-                                          for first, last in spans[row])
+            is_answer = torch.tensor([any(end > first and start < last for first, last in row_spans)
                                       for _, (start, end) in pairs])
             labels[row, column[is_answer]] = ids[row, column[is_answer]]
         return labels
@@ -751,8 +740,7 @@ class FrozenVLM(nn.Module):
         image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(feats.device)
         check_finite(feats, "features of the vision encoder", image_of)
         if slots is not None:
-            every = torch.arange(len(feats), device=feats.device)
-            has_token = torch.isin(every, slots[0].to(feats.device))
+            has_token = torch.isin(torch.arange(len(feats)), slots[0].cpu()).to(feats.device)
         return Units(feats, image_of, grid, views, has_token, shapes)
 
     def _slots(self, batch) -> tuple[Tensor, Tensor]:
@@ -766,9 +754,7 @@ class FrozenVLM(nn.Module):
         """(3, H, W) of each image as the encoder sees it: normalised, at the size that its units
         cover. Several views stand one below another; several images of a row come one by one."""
         pixels, views = self.adapter.pixels(batch), self.adapter.views(batch)
-        if views is None:
-            return pixels
-        return [torch.cat(part, 1) for part in split_by(pixels, views)]
+        return pixels if views is None else [torch.cat(x, 1) for x in split_by(pixels, views)]
 
     def project(self, feats: Tensor, unit: Tensor | None = None) -> Tensor:
         """(K, C) or (K, P, C) of the units (K,) int64, by default all M -> (K, D), the VLM's own
@@ -778,12 +764,7 @@ class FrozenVLM(nn.Module):
 
     def embed(self, batch, units: Units, feats: Tensor | None = None) -> Prompt:
         """The full prompt; feats, of the same shape, replace units.feats. Differentiable."""
-        feats = units.feats if feats is None else feats
-        if feats.shape != units.feats.shape:
-            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of units.feats, "
-                             f"{tuple(units.feats.shape)}; Units.flat() undoes Units.pad()")
-        everything = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
-        return self._prompt(batch, units, feats, everything)
+        return self._prompt(batch, units, feats, torch.ones_like(units.image_of).bool())
 
     def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None,
               positions: str = "original") -> Prompt:
@@ -797,18 +778,18 @@ class FrozenVLM(nn.Module):
         Raises ValueError when keep does not fit the units, or names one without a token.
         """
         kept = kept_mask(units, keep)
-        own = units.feats[kept]
-        if feats is not None and feats.shape != own.shape:
-            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of the kept "
-                             f"units' own, {tuple(own.shape)}")
         if positions not in ("original", "reindex"):
             raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
-        prompt = self._prompt(batch, units, own if feats is None else feats, kept)
+        prompt = self._prompt(batch, units, feats, kept)
         anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos)
         return replace(prompt, pos=anew) if positions == "reindex" else prompt
 
-    def _prompt(self, batch, units: Units, feats: Tensor, kept: Tensor) -> Prompt:
+    def _prompt(self, batch, units: Units, feats: Tensor | None, kept: Tensor) -> Prompt:
         """The prompt without the units that kept (M,) bool drops; feats: a row per kept unit."""
+        feats = units.feats[kept] if feats is None else feats
+        if feats.shape != (shape := (int(kept.sum()), *units.feats.shape[1:])):
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected {shape}, that of the "
+                             "kept units' own; Units.flat() undoes Units.pad()")
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         is_visual = ids == self.image_id
         unit, line = self._slots(batch)                       # (S,) of every image token
@@ -850,17 +831,13 @@ class FrozenVLM(nn.Module):
 
     @contextmanager
     def entering(self, later: tuple[Tensor, ...]):
-        """The next pass of the language model adds later[i] to the states behind layer i."""
-        def add(layer, args, states):
-            hooks[layer].remove()                      # what is decoded next has nothing to add
-            return states + adds[layer]
-        adds = dict(zip(self.lm.layers, later))
-        hooks = {layer: layer.register_forward_hook(add) for layer in adds}
-        try:
+        """While open, a pass of the language model adds later[i] to the states behind layer i."""
+        with ExitStack() as hooks:
+            for layer, x in zip(self.lm.layers, later):
+                # to what is decoded next, a token at a time, there is nothing to add
+                hooks.enter_context(layer.register_forward_hook(
+                    lambda _, args, states, x=x: states + x if states.shape[1] > 1 else states))
             yield
-        finally:
-            for hook in hooks.values():
-                hook.remove()
 
     def logits(self, prompt: Prompt) -> Tensor:
         """(B, L, V); logits[:, i] predict token i + 1."""
@@ -913,8 +890,7 @@ class FrozenVLM(nn.Module):
 
     def texts(self, tokens: Tensor) -> list[str]:
         """(B, n) new tokens -> B texts."""
-        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
     def checkpointing(self, on: bool) -> None:
         """Recompute the language model's activations in the backward pass: less memory, the same

@@ -25,6 +25,7 @@ class Qwen3Adapter(QwenAdapter):
         # the language model reads them by block, whatever order the config names these in
         self.early = [visual.deepstack_merger_list[i] for i in sorted(
             range(len(blocks)), key=blocks.__getitem__)]
+        self.unlike_patches = self.merge ** 2 * (1 + len(blocks))
 
     def encode(self, batch):
         states = []

@@ -825,7 +825,7 @@ def test_batch_refuses_what_is_no_picture_or_places_it_twice(vlm):
 
 def test_units_must_be_of_the_batch(vlm, pictures, asked):
     units = vlm.encode(asked)
-    with pytest.raises(ValueError, match="expected that of units.feats"):
+    with pytest.raises(ValueError, match="that of the kept units' own"):
         vlm.embed(asked, units, units.feats[:-1])
     with pytest.raises(ValueError, match="encode"):
         vlm.embed(vlm.batch(pictures[:1], [[("how many ?", None)]]), units)
