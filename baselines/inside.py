@@ -24,7 +24,8 @@ from transformers.masking_utils import create_causal_mask
 from common import Adapter, Prompt, Units, kept_mask
 
 # decoders that are no more than layers and a norm
-PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text")
+PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text",
+         "qwen3_vl_moe_text")
 
 
 # -------------------------------------------------------------------------- what a rule sees

@@ -14,7 +14,8 @@ from test_common import (
     stock_positions,
     token_id,
 )
-from tiny_models import NATIVE, llava_next
+from tiny_models import NATIVE, TEXT, internvl, llava_next
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from baselines.inside import Shown, check_layers, generate_inside, logits_inside, visual_states
 from common import IGNORE, FrozenVLM, Prompt
@@ -214,6 +215,33 @@ def test_visual_states_are_what_enters_the_stock_layers(vlm, stock, asked, promp
         hook.remove()
     assert ran == [0, 0, 1]  # no layer, the first, the first two
     assert min((states[1] - states[i]).abs().max() for i in (0, 2)) > 0.1
+
+
+def test_internvl_35_is_internvl_with_another_decoder(tmp_path, images):
+    """Qwen3's, which normalises queries and keys: exact before the language model and inside."""
+    old = AutoConfig.from_pretrained(internvl(tmp_path / "3")).text_config
+    text = dict(TEXT, model_type="qwen3", head_dim=8, vocab_size=old.vocab_size,
+                eos_token_id=old.eos_token_id)
+    path = internvl(tmp_path / "3.5", text_config=text)
+    vlm = FrozenVLM.from_pretrained(path, torch.float64)
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
+    batch = vlm.batch(images, TURNS)
+    units, positions = vlm.encode(batch), stock_positions(stock, batch)
+    real, embeds = batch["attention_mask"].bool(), full_embeds(stock, batch)
+    keep = [torch.tensor(row) for row in FIRST]
+    before = vlm.prune(batch, units, keep)
+    with torch.no_grad():
+        expected = stock(**stock_inputs(stock, batch), position_ids=positions,
+                         use_cache=False).logits
+        torch.testing.assert_close(vlm.logits(vlm.embed(batch, units))[real], expected[real],
+                                   **EXACT)
+        for stages, found in (({0: FIRST}, (vlm.logits(before), before)),
+                              ({1: FIRST}, logits_inside(vlm, vlm.embed(batch, units),
+                                                         fixed({1: FIRST})))):
+            visible = visible_by_layer(stock, batch, stages)
+            expected, _ = masked(stock, batch, embeds, positions, visible)
+            logits, left = found
+            torch.testing.assert_close(logits[left.mask.bool()], expected[visible[-1]], **CLOSE)
 
 
 # ---------------------------------------------------------------------- units among them
