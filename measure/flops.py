@@ -1,4 +1,4 @@
-"""FLOPs of the real backbones, stage by stage: no weights, no network, about a minute.
+"""FLOPs of the real backbones, stage by stage: no weights, no network, some minutes.
 
     python -m measure.flops
 
