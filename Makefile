@@ -29,13 +29,13 @@ cards: .venv/ready
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
 		--sample 2000 --draw False --out results/tiny_$$m; done
 SHARES := --budgets 0.33333 0.22222 0.11111
-QWEN := $(foreach m,autoselect stepprune,runs/$(m)_qwen_s0/selector)
+QWEN := $(foreach m,autoselect stepprune recon,runs/claims/qwen2_5_vl/$(m)_s0/selector)
 rivals: .venv/ready $(QWEN)
 	$(BIN)/python evaluate.py --run $(SHIPPED) --methods all $(SHARES) --out results/rivals_llava
 	$(BIN)/python evaluate.py --run $(QWEN) --methods all $(SHARES) --out results/rivals_qwen2_5_vl
 # on the tiny Qwen2.5-VL, where they are not at hand:
-runs/%_qwen_s0/selector: | .venv/ready
-	$(BIN)/python train.py --method $* --model tiny/qwen2_5_vl --run runs/$*_qwen_s0 --evaluate False
+runs/claims/qwen2_5_vl/%_s0/selector: | .venv/ready
+	$(BIN)/python train.py --method $* --model tiny/qwen2_5_vl --run $(@D) --evaluate False
 classify: .venv/ready
 	$(BIN)/python -m measure.classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
 		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
@@ -50,55 +50,21 @@ speed: .venv/ready
 paper: .venv/ready
 	$(BIN)/python -m examples.headline $(PAPER) $(if $(MODEL),--model $(MODEL)) $(MORE)
 
-# Every method and its ablations trained with three seeds: many hours.
-.PHONY: results ablations
+# Every claim of the three papers, with seeds, and all that results/ shows: hours, and where it was
+# ended the same command goes on. `python -m measure.experiments --plan` says what is left.
+.PHONY: results claims shipped pictures
+results: claims shipped headline cards rivals classify speed pictures
+claims: .venv/ready
+	$(BIN)/python -m measure.experiments
+	$(BIN)/python -m measure.claims
+shipped:
+	rm -rf $(foreach r,headline rivals_llava rivals_qwen2_5_vl,results/$(r)/predictions)
+	for m in autoselect stepprune recon; do rm -rf results/$${m}_tiny/selector; \
+		cp -r runs/claims/llava/$${m}_s0/selector results/$${m}_tiny/selector; done
 SEEDS := 0 1 2
-METHODS := autoselect stepprune recon
-AUTO_VARIANTS := scale_gate global_denoiser random_scorer
-STEP_VARIANTS := causal last uniform alive batch_mean all_hops no_hops unaligned
-RECON_VARIANTS := plain softmax softmax_plain shallow deep short conditional
-scale_gate := --method autoselect --gate scale
-global_denoiser := --method autoselect --denoiser global
-random_scorer := --method autoselect --scorer random
-causal := --method stepprune --causal True
-last := --method stepprune --aggregation last
-uniform := --method stepprune --aggregation uniform
-alive := --method stepprune --aggregation alive
-batch_mean := --method stepprune --k_rule batch_mean
-all_hops := --method stepprune --hops -1
-no_hops := --method stepprune --hops 0
-unaligned := --method stepprune --align False
-plain := --method recon --regulariser plain
-softmax := --method recon --estimator softmax
-softmax_plain := --method recon --estimator softmax --regulariser plain
-shallow := --method recon --layers 1
-deep := --method recon --layers 8
-short := --method recon --epochs 1
-conditional := --method recon --select_after_layer 2
-.PHONY: $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
-results: $(METHODS) ablations headline cards rivals classify speed
-BUDGETS = --budgets 48 32 16
-autoselect stepprune: ASKED = 2000
-autoselect: WAYS = --ways gated
-stepprune: WAYS = --ways exactly
-recon: ASKED = 1000
-recon: BUDGETS = --budgets 72 58 32 16 8
-$(METHODS): .venv/ready
-	for s in $(SEEDS); do $(BIN)/python train.py --method $@ --seed $$s --run runs/$@_s$$s --evaluate False; done
-	rm -rf results/$@_tiny/selector
-	mkdir -p results/$@_tiny
-	cp -r runs/$@_s0/selector results/$@_tiny/selector
-	$(BIN)/python evaluate.py --sample $(ASKED) $(BUDGETS) $(WAYS) --out results/$@_tiny --run $(SEEDS:%=runs/$@_s%)
-$(AUTO_VARIANTS) $(STEP_VARIANTS): ASKED = 2000
-$(RECON_VARIANTS): ASKED = 600
-$(RECON_VARIANTS): BUDGETS = --budgets 72 58 32 16 8
-$(AUTO_VARIANTS): WAYS = --ways gated
-$(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS): .venv/ready
-	for s in $(SEEDS); do $(BIN)/python train.py $($@) --seed $$s --run runs/$@_s$$s --evaluate False; done
-	$(BIN)/python evaluate.py --sample $(ASKED) --methods random --draw False $(BUDGETS) $(WAYS) \
-		--out results/ablations/$(word 2,$($@))/$@ --run $(SEEDS:%=runs/$@_s%)
-ablations: $(METHODS) $(AUTO_VARIANTS) $(STEP_VARIANTS) $(RECON_VARIANTS)
-	for m in $(METHODS); do $(BIN)/python -m measure.ablations $$m; done
-	$(BIN)/python -m measure.rebuild --run $(SEEDS:%=runs/recon_s%) --out results/recon_tiny
-	$(BIN)/python -m measure.question_reading --run $(SEEDS:%=runs/conditional_s%) --out results/ablations/recon/conditional
-	$(BIN)/python -m measure.training_curves $(SEEDS:%=runs/recon_s%) $(SEEDS:%=runs/plain_s%) --out results/recon_tiny/collapse.png
+pictures: .venv/ready
+	$(BIN)/python -m measure.rebuild --run $(SEEDS:%=runs/claims/llava/recon_s%) --out results/recon_tiny
+	$(BIN)/python -m measure.training_curves $(SEEDS:%=runs/claims/llava/epochs_1_s%) \
+		$(SEEDS:%=runs/claims/llava/plain_s%) --out results/recon_tiny/collapse.png
+	$(BIN)/python -m measure.training_curves $(SEEDS:%=runs/claims/llava/stepprune_s%) \
+		--out results/stepprune_tiny/training.png

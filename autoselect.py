@@ -329,7 +329,7 @@ class NoiseGate(Selector):
 class AutoSelect(NoiseGate):
     """Scorer, noise gate and denoiser around a frozen VLM."""
 
-    further_ways = ("gated",)
+    further_ways = ("gated", "threshold")
 
     def __init__(self, cfg: Config):
         # the scorer draws its weights first

@@ -69,8 +69,7 @@ class EvalConfig:
     out: str | None = HfArg(default=None, help="folder of tables and pictures; without it: that "
                                                "of the first run")
     draw: bool = HfArg(default=True, help="draw the curves and the kept patches")
-    dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
-                                                             help="of the frozen VLM")
+    dtype: Literal["bfloat16", "float32", "float16"] = runs.dtype_option()
     device: str = runs.device_option()
 
     def __post_init__(self):
@@ -151,7 +150,7 @@ def ask(config: EvalConfig) -> list[dict]:
     state = PartialState(cpu=not config.device.startswith("cuda"))
     device = state.device if state.num_processes > 1 else config.device
     selectors = load_selectors(replace(config, device=str(device)))
-    if not any(selector.adaptive for selector in selectors.values()):
+    if not any(selector.is_steered(config.ways) for selector in selectors.values()):
         runs.check_unread(config, ["calibration"], "a run that keeps as many as it is told")
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), device,
                                     protocol=config.protocol)
@@ -185,7 +184,7 @@ def ask(config: EvalConfig) -> list[dict]:
 def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: dict, state
                   ) -> tuple[dict, list]:
     """Answers to one benchmark, into its predictions files -> the ways, and the questions."""
-    adaptive = any(selector.adaptive for selector in selectors.values())
+    adaptive = any(selector.is_steered(config.ways) for selector in selectors.values())
     path = config.data_root and Path(config.data_root, name)
     asked, steering, where = draw_questions(
         benchmarks.load_module(name), path, vlm.family, options, config.sample,
@@ -193,9 +192,8 @@ def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: 
 
     def calibration():
         return answering.calibration_batches(vlm, steering, config.batch or MOST_AT_A_TIME)
-    ways, weights = ways_of(config, vlm, selectors, calibration)
-    files = {}
-    for (method, k), way in ways.items():
+
+    def file_of(method: str, k, way, weights: dict) -> Predictions:
         steered = {"steered on": where} if way and way.adaptive else {}
         header = {
             "benchmark": name, "model": config.model, "fingerprint": vlm.fingerprint(),
@@ -204,8 +202,10 @@ def ask_benchmark(config: EvalConfig, vlm, selectors: dict, name: str, options: 
             "dtype": config.dtype, "questions": len(asked), **weights.get(method, {}), **steered,
             "versions": {package: version(package) for package in ("torch", "transformers")}}
         path = Path(config.out) / "predictions" / name / f"{file_name(method, k)}.jsonl"
-        files[method, k] = Predictions(path, header, asked, state.process_index,
-                                       state.num_processes)
+        return Predictions(path, header, asked, state.process_index, state.num_processes)
+    file_of(*scores.VANILLA, None, {})       # answers of something else? said before the steering
+    ways, weights = ways_of(config, vlm, selectors, calibration)
+    files = {(method, k): file_of(method, k, way, weights) for (method, k), way in ways.items()}
     batch = config.batch or answering.most_at_a_time(vlm, asked, ways, MOST_AT_A_TIME)
     batch = min(gather_object([batch]))
     try:

@@ -14,6 +14,8 @@ what evaluate.py reads and what is shared: safetensors, config.json and a model 
 """
 
 import argparse
+import ast
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -86,7 +88,7 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
     reads_language  whether its weights depend on the language model, not on the encoder alone;
                     if not, it trains without one
     adaptive        whether it decides how many tokens it keeps, steered to K on average
-    further_ways    names that ways() knows beside its own
+    further_ways    names that ways() knows beside its own, see there
     weight_decay    of AdamW
     """
     rows = "dialogue"
@@ -130,11 +132,39 @@ class Selector(nn.Module, PyTorchModelHubMixin, ABC):
         """How it is evaluated: what stands behind its name in the table -> Way.
 
         names: of further_ways; calibration() -> (units, question) in batches, on which an adaptive
-        method finds what keeps K on average.
+        method or way finds what keeps K on average. "threshold": what scores above one number for
+        all pictures, K on average; of those methods whose further_ways have it [ours].
         """
         check_ways(names, self.further_ways)
-        return {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
+        ways = {"": Way(lambda asked, k: self.select(asked.units, asked.question, k),
                         self.reads_question)}
+        if "threshold" in names:
+            cuts = self.cuts(budgets, calibration())
+            ways[" threshold"] = Way(lambda asked, k: self.above(asked, cuts[k]),
+                                     self.reads_question, adaptive=True)
+        return ways
+
+    def is_steered(self, names: list[str]) -> bool:
+        """Whether one of ways(names) needs the calibration."""
+        return self.adaptive or "threshold" in names and "threshold" in self.further_ways
+
+    def cuts(self, budgets: list, batches) -> dict:
+        """{K: the score that K tokens of these (units, question) reach on average}; below 1 that
+        share of the tokens."""
+        scores, rows = [], 0
+        for units, question in batches:
+            s, valid = units.pad(self.scores(units, question))
+            scores.append(s[valid])
+            rows += len(s)
+        scores = torch.cat(scores).sort(descending=True).values
+        reach = {k: round(k * (rows if k >= 1 else len(scores))) for k in budgets}
+        return {k: scores[min(max(n, 1), len(scores)) - 1] for k, n in reach.items()}
+
+    def above(self, asked, cut: Tensor) -> list[Tensor]:
+        """The tokens of each row that score `cut` or more; its best one if none does."""
+        s, valid = asked.units.pad(self.scores(asked.units, asked.question))
+        s = s.masked_fill(~valid, -math.inf)
+        return [(row >= min(cut, row.max())).nonzero().squeeze(1) for row in s]
 
     @staticmethod
     def learning_rate(peak: float, number: int, total: int) -> float:
@@ -237,9 +267,18 @@ def options_class(config_class: type) -> type:
 # ------------------------------------------------------------------------------------ commands
 
 
-def many(default: list, text: str):
-    """An option of several values."""
-    return field(default_factory=lambda: list(default), metadata={"help": text})
+def many(default: list, text: str, **how):
+    """An option of several values. how: choices, and what else add_argument() takes."""
+    return field(default_factory=lambda: list(default), metadata={"help": text, **how})
+
+
+# most CPUs have to emulate products in bfloat16, three to six times as slow as in float32
+DTYPE = "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def dtype_option():
+    return HfArg(default=DTYPE, help="of the frozen VLM [ours: bfloat16 on a GPU, where there is "
+                                     "one, else float32]")
 
 
 def device_option():
@@ -367,7 +406,25 @@ def describe(config, selector, vlm, free: tuple) -> dict:
     training = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in free}
     training["protocol"] = vlm.protocol              # "stock" where the papers' is no other
     return {"method": config.method, "cfg": asdict(selector.cfg), "backbone": vlm.fingerprint(),
-            "training": training}
+            "training": training, "code": code_of(config.method)}
+
+
+def code_of(name: str) -> str:
+    """A fingerprint of a method's file and of those whose parts it takes, comments and docstrings
+    apart: what was made by other code has another one."""
+    text, found, known = "", [load_method(name).__name__], method_names()
+    for stem in found:                                # which grows
+        path = Path(importlib.util.find_spec(stem).origin)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                is_doc = ast.get_docstring(node, clean=False) is not None
+                node.body = node.body[is_doc:] or [ast.Pass()]
+            names = [getattr(node, "module", None), *(n.name for n in getattr(node, "names", ())
+                                                      if isinstance(n, ast.alias))]
+            found += [n for n in names if n in known and n not in found]
+        text += ast.unparse(tree)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def differences(there: dict, here: dict) -> str:

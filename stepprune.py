@@ -29,7 +29,9 @@ An episode has at most max_steps picks, and at most as many as the picture has t
 What differs from the paper, or what it leaves open [ours]
 - Section 4.1 states T_max, gamma, lambda, learning rates and batch, but their numbers are missing
   from the text at hand: "value not available", not "left open". Ours stand in their place.
-- Eq. 12 cites a top-K by optimal transport; AutoSelect's, with a z-score, stands for it.
+- Eq. 12 cites the top-K by optimal transport of Xie et al., arXiv:2002.06504. With squared costs
+  and two targets its plan is AutoSelect's sigmoid (a test runs Sinkhorn), tau half its epsilon;
+  what is ours is the z-score in front, without which a tau would have to fit the scores' scale.
 - k_rule="expected": K of Eq. 12 is each row's own expected count, so that the answer's loss tells
   the policy when to stop. K_bar carries no gradient.
 - hops=1: through a chain of straight-through picks a gradient can grow exponentially, once the
@@ -64,6 +66,7 @@ import autoselect
 from autoselect import (
     NoiseGate,
     block,
+    draw,
     hard_topk,
     sharpness,
     soft_topk,
@@ -74,7 +77,7 @@ from autoselect import (
 from common import check_finite
 from runs import Way, check_options
 
-AGGREGATIONS = ("full", "last", "uniform", "alive")
+AGGREGATIONS = ("full", "last", "uniform", "alive", "discounted")
 NEVER = -1e4                              # a stop bias with which stop never wins
 
 
@@ -119,6 +122,9 @@ class Config(Sizes):
         default=1.0, help="temperature of Eq. 12 at the first step [ours: scores are all but 0 and "
                           "1, and z-scored lie 3 apart]")
     tau_end: float = HfArg(default=0.2, help="... and at the last [ours]")
+    price: Literal["scheduled", "constant", "told"] = HfArg(
+        default="scheduled", help="lambda of Eq. 15: rises and falls [ours], stays [paper], or "
+                                  "falls further for some rows, which the policy is told [ours]")
     length_weight: float = HfArg(
         default=3.0, help="lambda of Eq. 15 at its peak [ours; the paper's value not available]")
     length_weight_end: float = HfArg(default=0.1, help="... and at the end [ours; paper: constant]")
@@ -129,10 +135,13 @@ class Config(Sizes):
         check_options(self, max_text=1, max_steps=1, layers=0, decoder_layers=1, tau_pointer=1e-6,
                       gamma=(0, 1), momentum=(0, 1), hops=-1, tau_start=1e-6, tau_end=1e-6,
                       length_weight=0, length_weight_end=0, text_steps=0)
+        if self.price == "told" and self.k_rule == "batch_mean":
+            raise ValueError("price='told', k_rule='batch_mean': rows of other prices have no mean "
+                             "in common, expected k_rule='expected'")
 
 
 #               steps, pictures a step, learning rate, products but the pointer's in bfloat16 [ours]
-TINY = dict(steps=600, batch=8, lr=1e-3, autocast=True, layers=2, heads=4,
+TINY = dict(steps=600, batch=8, lr=1e-3, autocast=False, layers=2, heads=4,
             tau_start=1.0, tau_end=0.2, max_steps=48)
 LARGE = dict(steps=5000, batch=16, lr=1e-4, autocast=True, layers=2, heads=16,
              tau_start=1.0, tau_end=0.2, max_steps=192, max_text=512)
@@ -337,6 +346,7 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
     """s_i (B, N) = sum_t gamma^(t-1) alive_t pi_t(i), or what Table 4 replaces it by.    Eq. (11)
 
     last: pi of the row's last step. uniform: neither alive nor gamma. alive: alive alone.
+    discounted: gamma alone, the other reading of "dropping the alive weight".
     """
     steps = torch.arange(pi.shape[1], device=pi.device).to(pi)             # t - 1
     if how == "last":
@@ -344,8 +354,8 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
     elif how == "uniform":
         weight = on
     else:
-        weight = on * alive(pi[..., -1])
-    if how == "full":
+        weight = on if how == "discounted" else on * alive(pi[..., -1])
+    if how in ("full", "discounted"):
         weight = weight * gamma ** steps
     return (weight.to(pi).unsqueeze(1) @ pi[..., :-1]).squeeze(1)
 
@@ -355,13 +365,16 @@ def expected_count(pi: Tensor, on: Tensor) -> Tensor:
     return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
 
 
-def length_weight(number: int, total: int, peak: float, end: float) -> float:
-    """lambda of Eq. (15) at a step: up to `peak` in the first 15 % of all steps, there until 45 %,
-    then by equal factors down to `end` at 90 %. peak = end is all but the paper's constant."""
-    done = number / max(total, 1)
-    rise = min(done / 0.15, 1.0)
-    fall = min(max((done - 0.45) / 0.45, 0.0), 1.0)
-    return rise * peak * (end / peak if peak else 1.0) ** fall
+def fall(number: int, total: int) -> float:
+    """How far lambda has fallen at a step: 0 until 45 % of all steps, 1 from 90 % on."""
+    return min(max((number / max(total, 1) - 0.45) / 0.45, 0.0), 1.0)
+
+
+def length_weight(number: int, total: int, peak: float, end: float, fallen):
+    """lambda of Eq. (15) at a step: up to `peak` in the first 15 % of all steps, and from there by
+    equal factors down to `end`, as far as fallen says, a number or (B,) from 0 to 1."""
+    rise = min(number / max(total, 1) / 0.15, 1.0)
+    return rise * peak * (end / peak if peak else 1.0) ** fallen
 
 
 # ------------------------------------------------------------------------------------ the stop bias
@@ -428,6 +441,9 @@ class StepPrune(NoiseGate):
         self.decoder = Decoder(cfg)
         self.start = nn.Parameter(torch.randn(cfg.width) * 0.02)             # u_start
         self.stop = nn.Parameter(torch.randn(cfg.width))        # h_stop, of the memory's scale
+        if cfg.price == "told":
+            self.told = nn.Sequential(nn.Linear(1, cfg.width), nn.GELU(),
+                                      nn.Linear(cfg.width, cfg.width))
         self.register_buffer("k_bar", torch.zeros(()))          # 0: no step seen yet
 
     # -------------------------------------------------------------------------------- training
@@ -473,30 +489,36 @@ class StepPrune(NoiseGate):
         g_text = text_gate(step.number, self.cfg.text_steps)
         question = vlm.question(batch.rows)
         noise = step.generators(batch.owner)
+        fallen = torch.full_like(self.stop[:1], fall(step.number, step.total)).expand(len(v))
+        if self.cfg.price == "told":
+            fallen = fallen * draw(torch.rand, fallen.shape, noise, v.device)
         with step.autocast():
-            gated, a, episode, expected = self(v, valid, *question, tau, g_text, noise)
+            gated, a, episode, expected = self(v, valid, *question, tau, g_text, noise, fallen)
 
         # Every token is still there: only signal was lost, no places. The VLM's loss is a mean over
         # this part's answer tokens, hence its factor; the ratio is one of each row.
         prompt = vlm.embed(batch.rows, units, units.flat(gated))
         nll = vlm.loss(prompt)
         ratio = expected / valid.sum(1)                                    # |S| / N, (B,)
-        weight = length_weight(step.number, step.total, self.cfg.length_weight,
-                               self.cfg.length_weight_end)
-        loss = nll * batch.answers / step.answers + weight * ratio.sum() / step.rows
+        peak, end = self.cfg.length_weight, self.cfg.length_weight_end
+        weight = length_weight(step.number, step.total, peak, end, fallen)
+        if self.cfg.price == "constant":
+            weight = torch.full_like(weight, peak)
+        loss = nll * batch.answers / step.answers + (weight * ratio).sum() / step.rows
 
         count = episode.count.float()
         return loss, {"nll": nll.item(), "K": count.mean().item(),
                       "K_sd": count.std(correction=0).item(), "K_soft": expected.mean().item(),
-                      "lambda": weight, "tau": tau, "sharpness": sharpness(a, valid)}
+                      "lambda": weight.mean().item(), "tau": tau, "sharpness": sharpness(a, valid)}
 
     def forward(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor, tau: float,
-                g_text: float = 1.0, generator=None) -> tuple[Tensor, Tensor, Rollout, Tensor]:
+                g_text: float = 1.0, generator=None, fallen: Tensor | float = 0.0
+                ) -> tuple[Tensor, Tensor, Rollout, Tensor]:
         """v -> (v~ after the denoiser, like v; a (B, N); Rollout; expected count (B,)).
 
         Eqs. (2)-(14). Raises ValueError for an empty question.
         """
-        memory = self.memory(v, valid, text, text_valid, g_text).to(self.stop.dtype)
+        memory = self.memory(v, valid, text, text_valid, g_text, fallen).to(self.stop.dtype)
         # an argmax of rounded logits would be another pick
         with torch.autocast(v.device.type, enabled=False):
             if self.cfg.hops < 0:
@@ -513,8 +535,9 @@ class StepPrune(NoiseGate):
         return self.gated(v, a, valid, generator), a, episode, expected    # Eqs. (13), (14)
 
     def memory(self, v: Tensor, valid: Tensor, text: Tensor, text_valid: Tensor,
-               g_text: float = 1.0) -> Tensor:
-        """M (B, N+1, C).                                                                 Eq. (4)"""
+               g_text: float = 1.0, fallen: Tensor | float = 0.0) -> Tensor:
+        """M (B, N+1, C). fallen: how far lambda has, see length_weight(); read where the price is
+        told.                                                                             Eq. (4)"""
         has_text = text_valid.any(1)
         if not has_text.all():
             row = int(has_text.int().argmin())
@@ -522,6 +545,9 @@ class StepPrune(NoiseGate):
         x = standardise(v, self.mean, self.std)
         x = x.mean(2) if x.dim() == 4 else x
         stop = self.stop.expand(len(x), 1, -1)
+        if self.cfg.price == "told":
+            stop = stop + self.told(x.new_zeros(len(x), 1, 1) + torch.as_tensor(fallen).to(x)
+                                    .reshape(-1, 1, 1))
         text = text.to(x.dtype)
         if self.cfg.stop == "encoded":
             x = torch.cat([x, stop], 1)
@@ -590,19 +616,19 @@ class StepPrune(NoiseGate):
 
     @torch.no_grad()
     def picks(self, units, question, stop_bias: float = 0.0, least: int = 1,
-              most: int | None = None) -> list[Tensor]:
+              most: int | None = None, fallen: float = 0.0) -> list[Tensor]:
         """The picks of each row in the order in which they were made, B int64 tensors."""
         if not abs(stop_bias) < torch.inf:
             raise ValueError(f"stop_bias={stop_bias}: expected a finite number")
-        memory, valid = self.memory_of(units, question)
+        memory, valid = self.memory_of(units, question, fallen)
         episode = self.rollout(memory, valid, stop_bias, least, most)
         return [row[:n] for row, n in zip(episode.picks, episode.count.tolist())]
 
-    def memory_of(self, units, question) -> tuple[Tensor, Tensor]:
+    def memory_of(self, units, question, fallen: float = 0.0) -> tuple[Tensor, Tensor]:
         """memory() and valid. Raises ValueError where it is not finite: all logits would be NaN,
         and one token be picked over and over."""
         v, valid = units.pad()
-        memory = self.memory(v, valid, *question)
+        memory = self.memory(v, valid, *question, fallen=fallen)
         check_finite(memory, "states of the tokens")
         return memory, valid
 
@@ -627,10 +653,10 @@ class StepPrune(NoiseGate):
         exactly = super().ways(names, budgets, calibration)[""]
         # long enough for a question that needs twice the mean
         most = max([self.most_kept, *(2 * k for k in budgets if k >= 1)])
-        biases = self.calibrated(budgets, calibration(), most) if budgets else {}
+        steering = self.calibrated(budgets, calibration(), most) if budgets else {}
 
         def adaptive(asked, k):
-            orders = self.picks(asked.units, asked.question, biases[k], most=most)
+            orders = self.picks(asked.units, asked.question, most=most, **steering[k])
             return [order.sort().values for order in orders]
         ways = {"": Way(adaptive, reads_question=True, adaptive=True)}
         if "exactly" in names:
@@ -639,21 +665,30 @@ class StepPrune(NoiseGate):
 
     @torch.no_grad()
     def calibrated(self, budgets: list, batches, most: int) -> dict:
-        """{K: stop bias} for a mean of K on these (units, question), below 1 of that share of their
-        tokens. One episode each of at most `most` picks serves all budgets."""
-        margins, tokens = [], []
+        """{K: what picks() is given} for a mean of K on these (units, question), below 1 of that
+        share of their tokens. One episode each of at most `most` picks serves all budgets; where
+        the price is told, one at each of nine prices, and the bias does what the nearest leaves."""
+        falls = [i / 8 for i in range(9)] if self.cfg.price == "told" else [0.0]
+        margins, tokens = {fallen: [] for fallen in falls}, []
         for units, question in batches:
-            memory, valid = self.memory_of(units, question)
+            for fallen in falls:
+                memory, valid = self.memory_of(units, question, fallen)
+                margin = self.rollout(memory, valid, NEVER, most=most).margin
+                rest = most - margin.shape[1]
+                margins[fallen].append(F.pad(margin, (0, rest), value=-torch.inf))   # no token left
             tokens += valid.sum(1).tolist()
-            margin = self.rollout(memory, valid, NEVER, most=most).margin
-            rest = most - margin.shape[1]
-            margins.append(F.pad(margin, (0, rest), value=-torch.inf))     # no token left: it stops
-        margin = torch.cat(margins)
-        share = sum(tokens) / len(tokens)
-        biases = {k: calibrate(margin, max(k * share, 1) if k < 1 else k) for k in budgets}
-        print(f"unsteered, it keeps {stops(margin, 0.0).double().mean():.1f} tokens on average; "
-              "stop bias " + ", ".join(f"{bias:.2f} for {k}" for k, bias in biases.items()))
-        return biases
+        margins = {fallen: torch.cat(each) for fallen, each in margins.items()}
+        unsteered = {fallen: stops(margin, 0.0).double().mean().item()
+                     for fallen, margin in margins.items()}
+        steering = {}
+        for k in budgets:
+            mean = max(k * sum(tokens) / len(tokens), 1) if k < 1 else k
+            fallen = min(falls, key=lambda each: abs(unsteered[each] - mean))
+            steering[k] = {"stop_bias": calibrate(margins[fallen], mean), "fallen": fallen}
+        print(f"unsteered, it keeps {' '.join(f'{n:.1f}' for n in unsteered.values())} tokens on "
+              "average; stop bias " + ", ".join(f"{how['stop_bias']:.2f} for {k}"
+                                                for k, how in steering.items()))
+        return steering
 
 
 Method = StepPrune

@@ -29,15 +29,12 @@ import runs
 from backbones.checkpoints import check_device, read_config
 from benchmarks.costs import is_large, that_fit, training_bytes
 from common import PROTOCOLS, FrozenVLM, find_adapter
-from data.batches import DATA, SOURCES, batches, cached, causes, open_data
+from data.batches import batches, cached, causes, open_data
+from data.sets import DATA, settle
 
 # options that may change when a run is resumed: the selector comes out the same
 FREE = ("run", "micro", "checkpointing", "device", "workers", "save_every", "evaluate", "push",
         "overwrite", "cache_features")
-# the kinds of data that read an option
-KINDS = ("captions", "dialogues", "images")
-READ_BY = dict(path=KINDS, split=KINDS, images=(*KINDS, "folder"), prompt=KINDS[:1],
-               questions=("dialogues", "scenes without epochs"), n_pictures=("scenes in epochs",))
 
 
 @dataclass
@@ -60,20 +57,28 @@ class TrainConfig:
     checkpointing: Literal["auto", "on", "off"] = HfArg(
         default="auto", help="recompute the language model's activations in the backward pass: "
                              "less memory, a third more time; auto: from a billion parameters on")
-    data: Literal[DATA] = HfArg(default="scenes", help="the tiny world's scenes, a folder of "
-                                                       "pictures, or a data set by name")
-    path: str | None = HfArg(default=None, help="local copy of the data set that --data names, a "
-                                                "folder or file; without it: from the hub")
-    split: str | None = HfArg(default=None, help="of that data set; without it: its training split")
-    images: str | None = HfArg(default=None, help="the folder of pictures; with --data llava-665k "
-                                                  "the one where its paths begin")
+    # of one data set, what stands here is its value and no list: see data/sets.py
+    data: list[str] = runs.many(["scenes"], "the tiny world's scenes, a folder of pictures, or a "
+                                "data set by name; several are mixed", choices=DATA)
+    path: list[str] | None = HfArg(
+        default=None, help="local copy of the data set that --data names, a folder or file; "
+                           "without it: from the hub. Of several one each, - where there is none")
+    split: list[str] | None = HfArg(
+        default=None, help="of that data set; without it: its training split. Of several one each")
+    images: list[str] | None = HfArg(
+        default=None, help="the folder of pictures; with --data llava-665k the one where its paths "
+                           "begin. Of several one each")
+    take: list[float] | None = HfArg(
+        default=None, help="0: all of a data set; below 1: that share of it; else so many of its "
+                           "pictures, drawn by --seed. Of several one each")
     prompt: str = HfArg(default="Describe the image briefly.",
                         help="asked where a data set has captions alone [ours]")
-    questions: int = HfArg(default=7, help="most questions a picture [ours]")
+    questions: int = HfArg(default=7, help="most questions a picture; 0: of scenes the caption "
+                                            "alone [ours]")
     n_pictures: int = HfArg(default=2400, help="scenes to go through in epochs [ours]")
     cache_features: str | None = HfArg(default=None, help="keep the encoder's features in this "
                                                           "folder, made once")
-    dtype: Literal["bfloat16", "float32"] = HfArg(default="bfloat16", help="of the frozen VLM")
+    dtype: Literal["bfloat16", "float32"] = runs.dtype_option()
     random_weights: bool = HfArg(default=False, help="build --model from its config alone, for "
                                                      "smoke runs, memory and speed")
     device: str = runs.device_option()
@@ -84,17 +89,11 @@ class TrainConfig:
     overwrite: bool = HfArg(default=False, help="begin anew although --run holds a run")
 
     def __post_init__(self):
-        self.data = "folder" if self.images and self.data == "scenes" else self.data
-        runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=1, steps=0,
-                           epochs=0, micro=0, lr=0, seed=0, workers=0)
-        kind = SOURCES[self.data].kind if self.data in SOURCES else self.data
-        kind += (kind == "scenes") * (" in epochs" if self.epochs else " without epochs")
-        unread = [name for name, kinds in READ_BY.items() if kind not in kinds]
-        runs.check_unread(self, unread, f"data={self.data!r}, of the kind {kind!r},")
+        runs.check_options(self, batch=1, save_every=1, n_pictures=1, questions=0, steps=0,
+                           epochs=0, micro=0, lr=0, seed=0, workers=0, take=0)
+        settle(self)
         if not self.steps and not self.epochs:
             raise ValueError("steps=0, epochs=0: expected one of them above 0")
-        if self.data == "folder" and not self.images:
-            raise ValueError("data='folder' needs --images, the folder")
 
 
 def parse(args: list[str]) -> tuple[TrainConfig, object]:

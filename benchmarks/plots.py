@@ -28,7 +28,8 @@ MARKERS = "os^Dv<>pPX*h"
 
 
 def save(figure, path: Path, dpi: int = 130) -> None:
-    write_whole(Path(path), partial(figure.savefig, dpi=dpi, format="png"))
+    kind = Path(path).suffix[1:] or "png"              # the temporary file has another ending
+    write_whole(Path(path), partial(figure.savefig, dpi=dpi, format=kind))
     plt.close(figure)
 
 
@@ -252,6 +253,26 @@ def draw_spread(spreads: dict, path: Path) -> None:
                   color="firebrick")
         line.set(ylim=(0, 105))
         line.set_ylabel("score (line)", color="firebrick")
+    save(figure, path)
+
+
+def draw_kept_counts(counts: dict, path: Path) -> None:
+    """Histograms of how many tokens were kept, one above the other: a row a method, a column a
+    wished mean. counts: {(title, K): (questions,) kept}"""
+    titles, budgets = (list(dict.fromkeys(key[i] for key in counts)) for i in range(2))
+    figure, axes = plt.subplots(len(titles), len(budgets), layout="constrained", squeeze=False,
+                                sharex="col", figsize=(3.4 * len(budgets), 1.5 * len(titles)))
+    for line, title in zip(axes, titles):
+        for axis, k in zip(line, budgets):
+            own = [kept for (_, budget), kept in counts.items() if budget == k]
+            edges = np.linspace(0, max(kept.max() for kept in own) + 1, 33)
+            kept = counts[title, k]
+            axis.hist(kept, edges, color="lightsteelblue", ec="w")
+            axis.axvline(kept.mean(), color="firebrick", lw=1)
+            axis.set_title(f"{title}, mean {kept.mean():.1f}", fontsize=8, loc="left")
+            axis.set_yticks([])
+    for axis, k in zip(axes[-1], budgets):
+        axis.set_xlabel(f"kept tokens, {tables.budget(k)} wished on average")
     save(figure, path)
 
 

@@ -1,6 +1,5 @@
 """Tables of scores as Markdown: lines of scores.summarise() in, text out."""
 
-import json
 import re
 from pathlib import Path
 
@@ -420,45 +419,6 @@ def spread_table(lines: list[dict]) -> str:
 
 
 # ------------------------------------------------------------------------------------ pages
-
-
-def ablations(method: str, results: Path = Path("results")) -> str:
-    """Every results/ablations/<method>/<variant>/benchmarks.json beside the method's own results,
-    results/<method>_tiny: retention, mean over seeds, and what the variant loses; the papers' own
-    ablations where they print them. Of each file the runs count that are named like its variant."""
-    folders = {path.name: path for path in sorted((results / "ablations" / method).iterdir())
-               if path.is_dir()}
-    folders = {method: results / f"{method}_tiny", **folders}
-    variants = {name: retentions(path / "benchmarks.json", name) for name, path in folders.items()}
-    base = variants[method][""]
-    budgets = sorted((k for k in base if not isinstance(k, str) and k), reverse=True)
-    papers = scores.published()["ablations"].get(method, {})
-    rows = []
-    for name, kinds in variants.items():
-        for kind, by_k in kinds.items():
-            if not set(budgets) <= set(by_k):          # the mask of a selector has no budget
-                continue
-            cells = [f"{number(*by_k[k])}, {by_k[k][0] - base[k][0]:+.1f}" for k in budgets]
-            own = papers.get("base" if name == method else name, []) if not kind else []
-            # StepPrune prints another base for its causal encoder than for the rest
-            full = papers.get(f"base of {name}", papers.get("base", []))
-            paper = [f"{x:.1f}, {x - y:+.1f}" for x, y in zip(own, full)]
-            title = "base" if name == method else name
-            rows.append([title + kind, *cells, " / ".join(paper) or "-"])
-    head = ["variant", *(f"K = {budget(k)}: retention, - base" for k in budgets),
-            "published: retention, - base"]
-    return markdown(head, rows)
-
-
-def retentions(path: Path, run: str) -> dict[str, dict]:
-    """{"" or what stands behind a run's name, such as " gated": {K: (retention, deviation)}}."""
-    kinds = {}
-    for line in scores.mean_over_seeds(json.loads(path.read_text(encoding="utf-8"))["lines"]):
-        folder, _, kind = scores.SEED.sub("", line["method"]).split("/")[-1].partition(" ")
-        if "/" in line["method"] and folder == run:
-            kinds.setdefault(kind and f" {kind}", {})[line["K"]] = (
-                line["average"], line.get("average_sd"))
-    return kinds
 
 
 def refresh(page: Path) -> None:

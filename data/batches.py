@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from transformers import BatchFeature
 
 from common import IGNORE, FrozenVLM, Units
@@ -15,9 +15,8 @@ from data.feature_cache import FeatureCache
 from data.fit import Fit
 from data.parquet import Shards, Stream
 from data.pictures import Pictures, oblong
+from data.sets import Chosen, chosen, one_or_all, shares, to_copy
 from data.sources import SOURCES, describe, open_source
-
-DATA = ("scenes", "folder", *SOURCES)
 
 
 @dataclass
@@ -91,30 +90,56 @@ def has_text(name: str) -> bool:
 
 
 def open_data(config, vlm: FrozenVLM, rows: str) -> Items:
-    """What config.data names.
+    """What config.data names, of several sets one behind another, and of each what is taken.
 
-    Of the scenes without epochs, the items of a run one after the other; else all that there is,
-    to go through in epochs.
+    Of the scenes alone without epochs, the items of a run one after the other; else all that is
+    taken, to go through in epochs.
     config: train.TrainConfig
     rows: runs.Selector.rows
-    Raises ValueError or OSError where the data are not there, of no use, or without the text that
-    the rows need.
+    Raises ValueError or OSError where the data are not there, of no use, too few, or without the
+    text that the rows need.
     """
-    if rows != "picture" and not has_text(config.data):
-        raise ValueError(f"data={config.data!r} has pictures and no text: expected data with "
-                         "questions, or a method that reads pictures alone")
-    if config.data == "folder":
-        return Items(Pictures(config.images, oblong), lambda item: (item[0], [], item[1]))
-    if config.data == "scenes":
-        count = config.n_pictures if config.epochs else config.steps * config.batch
-        questions = 1 if config.epochs else config.questions
+    parts = chosen(config)
+    for part in parts:
+        if rows != "picture" and not has_text(part.data):
+            raise ValueError(f"data={part.data!r} has pictures and no text: expected data with "
+                             "questions, or a method that reads pictures alone")
+        if rows != "picture" and not config.questions and (rows, part.data) != ("dialogue",
+                                                                                "scenes"):
+            raise ValueError(f"questions=0 with data={part.data!r}: expected at least 1; of scenes "
+                             "alone there are captions, for methods that read no question")
+    if streamed := to_copy(parts):
+        raise ValueError(f"data={config.data!r}: {', '.join(streamed)} would be streamed, and what "
+                         "is mixed or taken in part must lie here: expected --path of local copies")
+    in_epochs = config.epochs > 0 or len(parts) > 1
+    sets = [open_set(config, part, vlm, rows, in_epochs) for part in parts]
+    if len(sets) == 1 and not parts[0].take:
+        return sets[0]
+    return mixed(parts, sets, config.seed)
+
+
+def mixed(parts: list[Chosen], sets: list[Items], seed: int) -> Items:
+    """One set behind another, of each what is taken; item i has this number, not its own set's."""
+    # three numbers: no epoch is shuffled by such a key
+    drawn = [part.drawn(len(data), seed, place, 1)
+             for place, (part, data) in enumerate(zip(parts, sets))]
+    print(shares(parts, [*map(len, sets)], [*map(len, drawn)]))
+    return Items(ConcatDataset(map(Subset, sets, drawn)), lambda item: item[1:])
+
+
+def open_set(config, part: Chosen, vlm: FrozenVLM, rows: str, in_epochs: bool) -> Items:
+    """All of one data set, as open_data() does."""
+    if part.data == "folder":
+        return Items(Pictures(part.images, oblong), lambda item: (item[0], [], item[1]))
+    if part.data == "scenes":
+        count = config.n_pictures if in_epochs else config.steps * config.batch
+        questions = 1 if in_epochs else config.questions
         scenes = Dialogues(0, count, config.seed, questions, training_sizes(vlm.family))
         # the caption comes first: a text to learn from, but nobody's question
         first = 0 if rows == "dialogue" else 1
         return Items(scenes, lambda item: (item[0], item[1][first:], []))
     fit = Fit(vlm, rows, config.questions)
-    data = open_source(config.data, config.path, config.split, config.prompt, config.images, oblong,
-                       fit)
+    data = open_source(part.data, part.path, part.split, config.prompt, part.images, oblong, fit)
     print(describe(data))
     return Items(data, lambda item: item)
 
@@ -201,15 +226,17 @@ def cached(config, vlm: FrozenVLM, data: Items, rows: str, rank: int = 0,
     if isinstance(data.data, Shards):
         raise ValueError(f"data={config.data!r} is streamed: expected --path of a local copy "
                          "beside --cache_features")
-    source = config.images or config.path
-    if config.data == "scenes":
-        source = f"scenes of seed {config.seed}"
+    parts = chosen(config)
+    sources = [f"scenes of seed {config.seed}" if part.data == "scenes"
+               else part.images or part.path for part in parts]
+    counts = [len(part) for part in getattr(data.data, "datasets", [data])]
     # where a row's text does not fit, the next row's picture stands in
-    reads_text = has_text(config.data) and config.data != "scenes"
+    reads_text = any(has_text(part.data) and part.data != "scenes" for part in parts)
     text = [rows, config.questions, config.prompt] if reads_text and rows != "picture" else None
     key = {"model": config.model, "fingerprint": vlm.fingerprint(), "protocol": vlm.protocol,
-           "dtype": config.dtype, "pictures": len(data), "data": config.data,
-           "split": config.split, "source": source, "text": text}
+           "dtype": config.dtype, "pictures": one_or_all(counts), "data": config.data,
+           "split": config.split, "source": one_or_all(sources), "text": text,
+           "take": config.take and [config.take, config.seed]}
     cache = FeatureCache(config.cache_features, key, vlm.dtype)
     missing = Subset(data, cache.missing(len(data), rank, processes))
     cache.fill(len(data), loader(config, missing, collate(vlm, "picture"), config.batch),

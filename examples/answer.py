@@ -59,8 +59,7 @@ class AnswerConfig:
     max_new_tokens: int = HfArg(default=64, help="most tokens of an answer [ours]")
     protocol: Literal[PROTOCOLS] = runs.protocol_option()
     out: str = HfArg(default="runs/answer", help="folder of answer.png and answer.json")
-    dtype: Literal["bfloat16", "float32", "float16"] = HfArg(default="bfloat16",
-                                                             help="of the frozen VLM")
+    dtype: Literal["bfloat16", "float32", "float16"] = runs.dtype_option()
     device: str = runs.device_option()
 
     def __post_init__(self):
@@ -228,6 +227,16 @@ def open_images(config: AnswerConfig) -> list:
     return images
 
 
+def check_budgets(config: AnswerConfig, images: list) -> None:
+    """Raises ValueError for more tokens than the pictures have, before a weight is read."""
+    shapes = FrozenVLM.from_pretrained(config.model, device="meta", protocol=config.protocol)
+    prompt = shapes.batch([images], [[("?", None)]], "cpu")
+    tokens = int((prompt["input_ids"] == shapes.image_id).sum())
+    if max(config.budgets) > tokens:
+        raise ValueError(f"budgets={config.budgets}: expected at most the {tokens} visual tokens "
+                         f"of {', '.join(config.image)}")
+
+
 def questions(config: AnswerConfig, vlm: FrozenVLM, images: list) -> Iterator[str]:
     """Those of --question, once all are known to be fit; else line by line from standard input,
     saying of each unfit one what is wrong."""
@@ -256,6 +265,7 @@ def main(args: list[str] | None = None) -> list[dict]:
     images = open_images(config)
     evaluate.settle(config)
     selectors = evaluate.load_selectors(config)
+    check_budgets(config, images)
     vlm = FrozenVLM.from_pretrained(config.model, getattr(torch, config.dtype), config.device,
                                     protocol=config.protocol)
     pixels = vlm.pictures([images])

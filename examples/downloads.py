@@ -8,17 +8,21 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import benchmarks
+from data.sets import chosen, to_copy
 from data.sources import SOURCES
 
 
 def downloads(trained, asked) -> list[tuple[str, tuple, str, list[str]]]:
     """[(what, hub ids in the order to try, kind of repository, patterns of files)]."""
-    wanted, source = [], SOURCES.get(trained.data)
+    wanted = []
     if not Path(trained.model).is_dir():
         wanted.append(("weights", (trained.model,), "model", ["*.safetensors"]))
-    if source and not trained.path:
+    for part in chosen(trained):
+        if part.data not in SOURCES or part.path:
+            continue
+        source = SOURCES[part.data]
         ids, files = zip(*source.hubs)
-        split = trained.split or source.split
+        split = part.split or source.split
         patterns = [(file or "*{split}*.parquet").format(split=split) for file in files]
         wanted.append(("training", ids, "dataset", patterns))
     for name in [] if asked.data_root else asked.benchmarks:
@@ -45,7 +49,8 @@ def repository(ids: tuple, kind: str) -> tuple[str, list]:
 
 def sizes(trained, asked) -> list[str]:
     """What is downloaded and how large it is, as the hub says before any of it is fetched."""
-    lines, kept, wanted = [], {}, downloads(trained, asked)
+    lines, kept, wanted, parts = [], {}, downloads(trained, asked), chosen(trained)
+    is_streamed = any(part.is_streamed for part in parts) and not to_copy(parts)
     for what, ids, kind, patterns in wanted:
         try:
             repo, files = repository(ids, kind)
@@ -57,7 +62,7 @@ def sizes(trained, asked) -> list[str]:
                     f"the hub cannot be reached: sizes unknown ({error})"]
         found = {f"{repo}/{file.rfilename}": file.size or 0 for file in files
                  if any(fnmatch(file.rfilename, pattern) for pattern in patterns)}
-        streamed = what == "training" and SOURCES[trained.data].kind != "dialogues"
+        streamed = what == "training" and is_streamed
         lines.append(f"- download: {what}, {sum(found.values()) / 1e9:.2f} GB, {repo}"
                      + ", streamed: not kept, and anew in every pass" * streamed)
         kept |= {} if streamed else found              # of one file that two ask for, once

@@ -29,7 +29,7 @@ import train
 from backbones.checkpoints import check_device, read_config
 from benchmarks import scores
 from data.pictures import find
-from data.sources import SOURCES
+from data.sets import chosen, to_copy
 from examples.downloads import sizes
 from measure import check
 
@@ -93,14 +93,17 @@ def commands(config: HeadlineConfig, module, table: dict) -> tuple[list[str], li
     both = dict(run=f"{config.out}/{module.__name__}", model=config.model, device=config.device)
     names = [row["ours"] or row["method"].split()[0].lower() for row in table["rows"]]
     asked = [name for row in table["own"] for name in row["scores"]]
+    given = shlex.split(config.train)
     trained = dict(method=module.__name__, evaluate="False", images=config.images,
-                   steps=config.steps) | module.HEADLINE["train"]
+                   steps=config.steps)
+    if not any(word.startswith("--data") for word in given):     # then --take is of other data
+        trained |= module.HEADLINE["train"]
     evaluated = dict(
         methods=[name for name in dict.fromkeys(names) if name in baselines.names()],
         benchmarks=[name for name in dict.fromkeys(asked) if name in benchmarks.names()],
         budgets=sorted({row["budget"] for row in table["own"]}, reverse=True),
         sample=config.sample, out=config.out, data_root=config.data_root, backbone=config.backbone)
-    return (flags(both | trained) + shlex.split(config.train),
+    return (flags(both | trained) + given,
             flags(both | evaluated) + shlex.split(config.evaluate))
 
 
@@ -122,14 +125,21 @@ def settings(module, options, preset: dict) -> str:
     return "; ".join(f"[{whose}] {', '.join(names)}" for whose, names in groups.items())
 
 
+def in_folder(part) -> int:
+    """Pictures in the folder of a data set of train.py, 0 where it has none."""
+    folder = part.path or part.data == "folder" and part.images
+    return len(find(Path(folder))) if folder and Path(folder).is_dir() else 0
+
+
 def plan(config: HeadlineConfig, module, table: dict, words: tuple) -> tuple[list[str], dict]:
     """What will be done, as lines, and numbers of it."""
     trained, options = train.parse(words[0])
     (asked,) = runs.Parser(evaluate.EvalConfig).parse_args_into_dataclasses(words[1])
     preset = runs.preset(module, read_config(config.model).vision_config.hidden_size)
-    folder = trained.path or trained.data == "folder" and trained.images
-    rows = len(find(Path(folder))) if folder and Path(folder).is_dir() else 0
-    rows = rows or module.HEADLINE.get("pictures", 0)
+    parts = chosen(trained)
+    counts = [part.count(in_folder(part)) for part in parts]
+    rows = sum(counts) if all(counts) else module.HEADLINE.get("pictures", 0)
+    names = [f"{part.take:,g} of {part.data}" if part.take else part.data for part in parts]
     steps = trained.steps or math.ceil(trained.epochs * rows / trained.batch)
     most = {name: min(asked.sample or math.inf, QUESTIONS.get(name, asked.sample))
             for name in asked.benchmarks}
@@ -138,15 +148,17 @@ def plan(config: HeadlineConfig, module, table: dict, words: tuple) -> tuple[lis
         f"- printed: {table['source']}, on {' and '.join(table['backbones'])}" + (
             f"; of {config.model} there is none, --backbone says which it is"
             if backbone not in table["backbones"] else ""),
-        f"- train: {steps:,} steps of {trained.batch} pictures of {trained.data} = "
+        f"- train: {steps:,} steps of {trained.batch} pictures of {', '.join(names)} = "
         f"{steps * trained.batch:,}, learning rate {trained.lr:g}, into {trained.run}",
         f"- settings: {settings(module, options, preset)}",
         f"- ask: {', '.join(f'{name} {n:,}' for name, n in most.items())} questions, with all "
         f"tokens and with {', '.join(map(str, asked.budgets))} of {module.__name__}, "
         f"{', '.join(asked.methods)}",
         *sizes(trained, asked)]
-    if trained.data in SOURCES and SOURCES[trained.data].kind == "dialogues":
-        lines.append(f"- by hand: the pictures of {trained.data}, in --images {trained.images}")
+    lines += [f"- by hand: the pictures of {part.data}, in --images {part.images}"
+              for part in parts if part.kind(True) == "dialogues"]
+    if copied := to_copy(parts):
+        lines.append(f"- by hand: copies of {', '.join(copied)}, in --train '--path ...'")
     return lines, {"pictures": steps * trained.batch, "asked": most, "budgets": asked.budgets,
                    "ways": len(asked.methods) + 1}
 

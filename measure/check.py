@@ -535,7 +535,7 @@ def parse(args: list[str]) -> Namespace:
     add("--run", help="a selector: its run, its folder or hub id")
     add("--keep", type=int, default=0, help="K, kept tokens; 0: a ninth, the papers' fewest")
     add("--protocol", default="papers", choices=PROTOCOLS, help="of pictures and prompts")
-    add("--dtype", default="bfloat16", choices=TOLERANCE, help="of the frozen VLM")
+    add("--dtype", default=runs.DTYPE, choices=TOLERANCE, help="of the frozen VLM")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         help="cpu, cuda or cuda:1")
     add("--random_weights", action="store_true", help="build the model from its config alone")

@@ -381,7 +381,7 @@ def parse(args: list[str]):
     add("--rule", default="nearest", choices=RULES, help="how a mask reaches another grid")
     add("--batch", type=int, default=32, help="pictures at a time")
     add("--seed", type=int, default=0, help="of random tokens and of the pictures drawn")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+    add("--dtype", default=runs.DTYPE, choices=["bfloat16", "float16", "float32"],
         help="of the frozen VLM")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--out", type=Path, default=Path("runs/classify"), help="folder of the table")

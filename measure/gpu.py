@@ -74,7 +74,8 @@ def fabricate(vlm: FrozenVLM, rows: int, side: int, text: int, answer: int = 0):
 
 
 def method_options(options) -> dict:
-    """--options as keywords of the methods' Configs."""
+    """--options as keywords of the methods' Configs. Raises ValueError for one that no method has,
+    or whose value its method does not take."""
     chosen = {}
     for text in options.options:
         name, equals, value = text.partition("=")
@@ -84,8 +85,11 @@ def method_options(options) -> dict:
             chosen[name] = json.loads(value)
         except ValueError:
             chosen[name] = value                              # a word
-    known = {option.name for name in runs.method_names()
-             for option in fields(runs.options_class(runs.load_method(name).Config))}
+    known = set()
+    for config in (runs.load_method(name).Config for name in runs.method_names()):
+        names = {option.name for option in fields(runs.options_class(config))}
+        config(**{name: value for name, value in chosen.items() if name in names})
+        known |= names
     if unknown := sorted({*chosen} - known):
         raise ValueError(f"options={unknown}: no method has such an option")
     return chosen

@@ -44,7 +44,7 @@ def main(args: list[str]) -> dict:
     parser = runs.Parser([], description=__doc__, allow_abbrev=False)
     parser.add_argument("--run", required=True, help="run folder, selector's folder or hub id")
     parser.add_argument("--n", type=int, default=64, help="pictures")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+    parser.add_argument("--dtype", default=runs.DTYPE, choices=["bfloat16", "float16", "float32"],
                         help="of the frozen VLM")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")

@@ -69,7 +69,7 @@ def main(args: list[str]) -> dict[int, list[list[float]]]:
     parser.add_argument("--n_pictures", type=int, default=60, help="pictures of the test split")
     parser.add_argument("--budgets", type=int, nargs="+", default=[48, 32, 16],
                         help="K, kept tokens")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+    parser.add_argument("--dtype", default=runs.DTYPE, choices=["bfloat16", "float16", "float32"],
                         help="of the frozen VLM")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")

@@ -259,7 +259,7 @@ def main(args: list[str]) -> None:
     parser.add_argument("--answers", type=string_to_bool, default=True,
                         help="a column of stability.md for what the VLM still answers; False: no "
                              "language model is loaded")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"],
+    parser.add_argument("--dtype", default=runs.DTYPE, choices=["bfloat16", "float16", "float32"],
                         help="of the frozen VLM")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                         help="cpu or cuda")

@@ -18,7 +18,8 @@ import sys
 from pathlib import Path
 
 OPTIONS = ["test_options.py", "test_house.py"]
-TESTS = {"common.py": ["test_common.py", "test_checkpoints.py", "backbones/test_new_family.py",
+TESTS = {"common.py": ["test_exactness.py", "test_prompts.py", "test_loading.py",
+                       "test_checkpoints.py", "backbones/test_new_family.py",
                        "baselines/test_baselines.py"],
          "autoselect.py": ["test_autoselect.py", *OPTIONS],
          "stepprune.py": ["test_stepprune.py", *OPTIONS],

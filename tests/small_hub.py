@@ -1,4 +1,7 @@
-"""A hub on this machine: it answers over HTTP as huggingface.co does, as far as data sets need."""
+"""A hub on this machine: it answers over HTTP as huggingface.co does, as far as data sets need.
+
+Tests that need other answers give a Handler of their own to the fixture hub_answers.
+"""
 
 import hashlib
 import json
@@ -19,9 +22,8 @@ REPO = re.compile(r"(/api)?/datasets/([^/]+/[^/]+)(?:/([^/]+))?(?:/([^/]+))?(?:/
 class Hub(ThreadingHTTPServer):
     """folder/OWNER/NAME/... are its files; gated: id -> 401 or 403, all that is asked of its files.
 
-    fetched: (path in the repository, bytes sent) of every answer that holds a file's content
+    fetched: (repository, path in it, bytes sent) of every answer that holds a file's content
     """
-    daemon_threads = True
 
     def __init__(self, folder: Path):
         super().__init__(("127.0.0.1", 0), Answer)
@@ -31,7 +33,12 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
 
-class Answer(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Answer(Handler):
     def do_GET(self):
         match = REPO.fullmatch(unquote(urlsplit(self.path).path))
         if not match:
@@ -43,7 +50,7 @@ class Answer(BaseHTTPRequestHandler):
         if repo in self.server.gated and what in ("resolve", "auth-check"):
             return self.refuse(self.server.gated[repo], "GatedRepo")
         if what == "resolve":
-            return self.file(root / path, path)
+            return self.file(root / path, repo, path)
         files = [file for file in sorted((root / (path or "")).rglob("*"))
                  if what != "tree" or "recursive=true" in self.path.lower()
                  or file.parent == root / (path or "")]
@@ -66,7 +73,7 @@ class Answer(BaseHTTPRequestHandler):
             return {"type": "directory", "path": name, "oid": "0" * 40}
         return {"type": "file", "path": name, "size": file.stat().st_size, "oid": etag(file)}
 
-    def file(self, file: Path, name: str):
+    def file(self, file: Path, repo: str, name: str):
         if not file.is_file():
             return self.refuse(404, "EntryNotFound")
         content = file.read_bytes()
@@ -83,7 +90,7 @@ class Answer(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
         self.end_headers()
         if self.command != "HEAD":
-            self.server.fetched.append((name, len(body)))
+            self.server.fetched.append((repo, name, len(body)))
             self.wfile.write(body)
 
     def json(self, answer):
@@ -101,26 +108,28 @@ class Answer(BaseHTTPRequestHandler):
         self.send_header("Content-Length", "0")
         self.end_headers()
 
-    def log_message(self, *_):
-        pass
-
 
 def etag(file: Path) -> str:
     return hashlib.sha1(file.read_bytes()).hexdigest()
 
 
-@contextmanager
 def serving(folder: Path):
-    server = Hub(folder)
+    return running(Hub(folder))
+
+
+@contextmanager
+def running(server: ThreadingHTTPServer):
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     try:
         yield server
     finally:
         server.shutdown()
+        server.server_close()
 
 
 def ask_hub(server: Hub, home: Path, code: str, offline: bool = False) -> dict[str, str]:
-    """What a program prints after a word that begins a line, in a process of its own: {word: rest}.
+    """What a program prints after a word that begins a line, in a process of its own: {word: rest},
+    the rests of several such lines one below another.
 
     home: the HF_HOME in which it finds what earlier ones fetched
     """
@@ -130,4 +139,7 @@ def ask_hub(server: Hub, home: Path, code: str, offline: bool = False) -> dict[s
     out = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], text=True,
                          capture_output=True, env=env)
     assert out.returncode == 0, out.stderr
-    return dict(line.partition(" ")[::2] for line in out.stdout.splitlines())
+    said = {}
+    for word, _, rest in (line.partition(" ") for line in out.stdout.splitlines()):
+        said[word] = f"{said[word]}\n{rest}" if word in said else rest
+    return said

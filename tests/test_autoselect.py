@@ -598,3 +598,22 @@ def test_the_gated_way_is_there_when_it_is_asked_for():
     model = AutoSelect(Config(**TINY))
     assert [list(model.ways(names, [4], None)) for names in ([], ["gated"])] == [
         [""], ["", " gated"]]
+
+
+@pytest.mark.parametrize("k, total", [(5, 60), (1 / 5, 20), (1, 12), (10 ** 6, 100)])
+def test_a_threshold_keeps_the_best_of_all_pictures_together(k, total):
+    """K a picture on average, of 12 pictures with 100 tokens: the control of an adaptive method,
+    without a loop."""
+    model = shake(AutoSelect(Config(**TINY))).eval()
+    lengths = [9, 4, 12] * 4
+    units = units_of(torch.randn(12, 12, 16), padding(*lengths))
+    parts = [(units.rows(rows), None) for rows in (range(5), range(5, 12))]
+    way = model.ways(["threshold"], [k], lambda: iter(parts))[" threshold"]
+    keep = way.select(SimpleNamespace(units=units, question=None), k)
+
+    scores = model.scores(units, None)
+    cut = scores.sort(descending=True).values[total - 1]
+    for row, s in zip(keep, scores.split(lengths)):
+        assert row.tolist() == ((s >= cut).nonzero()[:, 0].tolist() or [int(s.argmax())])
+    assert way.adaptive and len({len(row) for row in keep}) > 1
+    assert model.is_steered(["threshold"]) and not model.is_steered(["gated"])

@@ -13,15 +13,18 @@ import io
 import json
 import runpy
 import signal
+import subprocess
 import sys
 import traceback
 import types
 import warnings
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -30,6 +33,7 @@ from transformers import PreTrainedModel
 import runs
 from common import FrozenVLM
 from measure import shapes
+from measure.evidence import Table
 from tiny import scenes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,10 +54,11 @@ BASES = {
     "examples/headline.py": ["autoselect", "--model", "tiny/llava", "--images", "{pictures}",
                              "--out", "{new}", *CPU],
     "examples/run_lmms_eval.py": ["--tasks", "pope", "--run", RUN],
-    "measure/ablations.py": ["recon", "--results", "{results}"],
+    "measure/claims.py": ["--results", "{results}"],
     "measure/check.py": ["tiny/llava", "--out", "{new}", *CPU],
     "measure/classify.py": ["tiny/vit", "--run", RUN, "--out", "{new}", *CPU],
     "measure/entered.py": ["{script}"],
+    "measure/experiments.py": ["--only", "llava/half_s0"],
     "measure/flops.py": ["--out", "{new}/flops.md"],
     "measure/gpu.py": ["llava-1.5-7b", "--shrink", "--out", "{new}/gpu", *CPU],
     "measure/likeness.py": ["--run", RUN, "--out", "{new}/likeness.png", *CPU],
@@ -83,6 +88,8 @@ TOGETHER = {
         "--data coco --path {nowhere}", "--data folder", "--images {pictures}", "--heads 3",
         "--batch 6 --micro 4", "--push nobody", "--push a/b/c", "--push user/new", "--steps 0",
         "--epochs 1 --questions 3", "--data llava-665k --n_pictures 5", "--images x",
+        "--data coco docvqa --path {pictures}", "--data scenes coco --path - {nowhere}",
+        "--data scenes docvqa --epochs 1 --take 1.5 0", "--images {pictures} x --split a -",
         "--method nothing", "--run {damaged}", "--run {results}", "--model {pictures}"],
     "train.py stepprune": ["--prompt why", "--heads 5"],
     "train.py recon": ["--prompt why", "--questions 3", "--n_pictures 5", "--keep_low .9",
@@ -97,7 +104,9 @@ TOGETHER = {
         "--train=--colour", "--train=--steps", "--evaluate=--budget", "--train='",
         "--train=--steps=-2", "--evaluate=--budgets=0", "--sample 5 --steps -2"],
     "examples/run_lmms_eval.py": ["--run a b", "--methods random fastv", "--ways nothing"],
-    "measure/gpu.py": ["--options layers", "--options x=0"],
+    "measure/experiments.py": ["--only nobody", "--only (", "--jobs 0"],
+    "measure/gpu.py": ["--options layers", "--options x=0", "--options layers=0",
+                       "--options gate=wide"],
     "measure/classify.py": ["--images {pictures}", "--labels {damaged}/config.json"],
     "measure/question_reading.py": ["--run " + RUN],
     "measure/rebuild.py": ["--run " + RUN],
@@ -106,6 +115,9 @@ TOGETHER = {
     "measure/speed.py": ["--budgets 16", "--budgets 16 999 --tokens 576"],
     "tiny/pretrain.py": ["--batch 3", "--language_batch 7", "--pool 65"],
 }
+
+
+shapes_of = cache(FrozenVLM.from_pretrained)       # on the meta device: hundreds of cases read them
 
 
 class Accepted(BaseException):
@@ -133,11 +145,9 @@ def places(tmp_path_factory):
     (root / "logged/log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
     picture = root / "pictures/picture.png"
     Image.new("RGB", (144, 144)).save(picture)
-    for folder, name in (("recon_tiny", "recon"), ("ablations/recon/plain", "plain")):
-        (root / "results" / folder).mkdir(parents=True)
-        lines = [{"method": f"runs/{name}_s0", "K": k, "scores": {}, "costs": {},
-                  "average": 90., "benchmarks": 1, "cost": {}} for k in (16, 48)]
-        (root / "results" / folder / "benchmarks.json").write_text(json.dumps({"lines": lines}))
+    table = Table(np.array(["exist"]), np.array([1]), {("vanilla", 0): np.array([[True]])},
+                  {("vanilla", 0): np.array([[True]])}, {("vanilla", 0): np.array([[144]])})
+    table.save(root / "results/llava.json.gz")
     for method, k, kept in (("vanilla", 0, (144, 144)), ("runs/one", 22, (1, 63))):
         header = {"benchmark": "tiny_world", "model": "tiny/llava", "method": method, "budget": k,
                   "questions": 2, "positions": "original", "protocol": "papers"}
@@ -172,9 +182,10 @@ def no_work(monkeypatch):
             return real(*args, **how) if on_meta else stop()
         return checked
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(FrozenVLM, "from_pretrained", unless_shapes(FrozenVLM.from_pretrained))
+    monkeypatch.setattr(FrozenVLM, "from_pretrained", unless_shapes(shapes_of))
     monkeypatch.setattr(PreTrainedModel, "__init__", unless_shapes(PreTrainedModel.__init__))
     monkeypatch.setattr(shapes, "load", stop)
+    monkeypatch.setattr(subprocess, "Popen", stop)
     monkeypatch.setattr(scenes, "make_scene", stop)
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))

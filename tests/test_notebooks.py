@@ -1,5 +1,6 @@
 """Every notebook runs from top to bottom, and stays short enough to read and to keep in git."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -11,6 +12,13 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+QUICK = "4_rivals.ipynb"                                      # the quickest of them
+
+
+def code(path) -> list[str]:
+    """The source of its code cells."""
+    cells = nbformat.read(path, as_version=4).cells
+    return [cell.source for cell in cells if cell.cell_type == "code"]
 
 
 def test_there_are_notebooks():
@@ -23,6 +31,18 @@ def test_the_kernel_is_this_python():
 
 
 @each_notebook
+def test_what_it_imports_is_there(path):
+    lines = [line for cell in code(path) for line in cell.splitlines() if not line.startswith("%")]
+    found = [node for node in ast.walk(ast.parse("\n".join(lines)))
+             if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert found
+    for node in found:
+        exec(ast.unparse(node), {})
+
+
+@pytest.mark.parametrize("path", [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.name != QUICK), id=path.name)
+    for path in NOTEBOOKS])
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(
@@ -32,10 +52,10 @@ def test_notebook_runs(path):
 
 @each_notebook
 def test_cells_are_short(path):
-    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    cells = code(path)
     assert cells
     for number, cell in enumerate(cells):
-        lines = cell.source.splitlines()
+        lines = cell.splitlines()
         assert len(lines) <= 15, (
             f"{path.name}, code cell {number} has {len(lines)} lines: {lines[0]}"
         )

@@ -1,5 +1,6 @@
 """A step is the same step in parts and on two processes; what is shared loads again."""
 
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from short_runs import flags, kill_at, same, short_run, weights, without_time
 
 import autoselect
+import evaluate
 import runs
 import train
 from common import FrozenVLM, LlavaAdapter
@@ -62,37 +64,63 @@ def test_a_step_in_parts_is_the_step(tmp_path, method):
         same_curves(whole, parts)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_the_same_selector_as_one(tmp_path, method):
-    one = short_run(tmp_path / "one", **exact(method))
+ALL = """
+import json, sys, evaluate, train
+for words in json.loads(sys.argv[1]):
+    train.main(words)
+evaluate.main(json.loads(sys.argv[2]))
+"""
+
+
+def test_two_processes_train_the_same_selectors_as_one_and_make_the_same_table(tmp_path):
+    """Each process runs all methods and an evaluation: to import torch takes longer than these."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
+    def asked(out):
+        return ["--model", "tiny/llava", "--benchmarks", "tiny_world", "--methods", "random",
+                "--budgets", "48", "0.5", "--sample", "9", "--batch", "3", "--resamples", "20",
+                "--dtype", "float32", "--device", "cpu", "--draw", "False", "--out", str(out)]
     # what `accelerate launch` calls where there are GPUs; without one, it starts no second process
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-              "--master_port", str(port), "--", "train.py"]
-    ended = subprocess.run([*launch, *flags(tmp_path / "two", **exact(method))], cwd=ROOT,
-                           capture_output=True, text=True)
+              "--master_port", str(port), "--no-python", sys.executable, "-c", ALL]
+    trained = [flags(tmp_path / "two" / method, **exact(method)) for method in METHODS]
+    ended = subprocess.run([*launch, json.dumps(trained), json.dumps(asked(tmp_path / "two/out"))],
+                           cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    assert ended.stdout.count("= 2 processes x 1 parts x 2") == 1
-    close(weights(one), weights(tmp_path / "two"))
-    same_curves(one, tmp_path / "two")
+    assert ended.stdout.count("= 2 processes x 1 parts x 2") == len(METHODS)
+    for method in METHODS:
+        one = short_run(tmp_path / "one" / method, **exact(method))
+        close(weights(one), weights(tmp_path / "two" / method))
+        same_curves(one, tmp_path / "two" / method)
+    # the tables of one process
+    assert ended.stdout.count("| vanilla | all |") == 1
+    whole = evaluate.main(asked(tmp_path / "one/out"))
+    two = json.loads((tmp_path / "two/out/benchmarks.json").read_text())["lines"]
+    assert len([*(tmp_path / "two/out").rglob("*-of-00002.jsonl")]) == 6
+    assert [line["scores"] for line in two] == [line["scores"] for line in whole]
 
 
-def test_kill_9_at_any_moment_loses_nothing(tmp_path):
+def test_kill_9_at_any_moment_loses_nothing(tmp_path, capsys):
     """The process is killed while it works; the same command again ends as the unbroken run."""
-    whole = short_run(tmp_path / "whole", steps=6, save_every=1)
+    words = dict(steps=6, save_every=1)
+    whole = short_run(tmp_path / "whole", **words)
     killed = tmp_path / "killed"
-    command = [sys.executable, "train.py", *flags(killed, steps=6, save_every=1)]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen([sys.executable, "train.py", *flags(killed, **words)], cwd=ROOT,
+                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not len(runs.checkpoints(killed)) == 2 and job.poll() is None:
         time.sleep(.02)
+    os.kill(job.pid, signal.SIGSTOP)
+    with pytest.raises(OSError, match="another process writes into .*killed at this moment"):
+        train.main(flags(killed, **words))
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     done = [int(path.stem) for path in runs.checkpoints(killed)]
     assert len(done) in (1, 2) and not (killed / "selector").exists()
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert f"resumed at step {done[-1]}" in again.stdout
+    capsys.readouterr()
+    train.main(flags(killed, **words))
+    assert f"resumed at step {done[-1]}" in capsys.readouterr().out
     assert same(weights(whole), weights(killed)) and without_time(whole) == without_time(killed)
     assert [path.stem for path in runs.checkpoints(killed)] == ["0000005", "0000006"]
 
@@ -113,8 +141,6 @@ def test_what_a_picture_draws_depends_on_its_number_alone():
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(batch=4, micro=3), "batch=4 on 1 processes, micro=3: expected a multiple of 3"),
-    (dict(micro=-1), "micro=-1: expected"), (dict(data="folder"), "needs --images"),
     (dict(data="coco"), "pictures and no text"),
     (dict(data="llava-665k", path="nowhere"), "nowhere does not exist")])
 def test_settings_that_cannot_work_stop_before_the_first_step(tmp_path, bad, message):

@@ -22,6 +22,9 @@ from measure import training_curves
 from recon_selector import random_tokens
 from runs import Way
 
+# every family's features are cached in tests/data too, and test_every_family.py trains on all
+FAMILIES = [name if name in ("qwen", "llava_next") else
+            pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 TINY_PICTURES = dict(steps=0, n_pictures=6, epochs=1.3, batch=2, layers=1)
 
 
@@ -72,8 +75,9 @@ def test_epochs_make_the_steps_and_a_killed_run_ends_as_the_unbroken_one(tmp_pat
     assert not same(weights(whole), weights(recon(tmp_path / "other", seed=1)))
 
 
-@pytest.mark.parametrize("changes", [dict(keep_high=0.45), dict(regulariser="plain"),
-                                     dict(model="tiny/qwen2_5_vl", keep_high=0.45)])
+@pytest.mark.parametrize("changes", [
+    dict(keep_high=0.45), pytest.param(dict(regulariser="plain"), marks=pytest.mark.slow),
+    pytest.param(dict(model="tiny/qwen2_5_vl", keep_high=0.45), marks=pytest.mark.slow)])
 def test_one_two_and_four_parts_train_the_same_selector(tmp_path, changes):
     """Eq. 4 bends at the share of the whole step, whatever --micro is."""
     exact = dict(n_pictures=12, epochs=2, batch=4, dtype="float32", autocast=False, alpha1=3.0)
@@ -89,7 +93,7 @@ def test_one_two_and_four_parts_train_the_same_selector(tmp_path, changes):
         close(weights(parts), weights(whole), 1e-5 if "model" in changes else 0.0)
 
 
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_of_pictures_trains_with_what_is_broken_named_and_counted(
         tmp_path, capsys, family):
     model, folder = MODELS[family](tmp_path / "vlm"), photos(tmp_path / "photos")
@@ -103,7 +107,7 @@ def test_a_folder_of_pictures_trains_with_what_is_broken_named_and_counted(
     assert len(without_time(run)) == 7                                     # 2 * 7 files / 2
 
 
-@pytest.mark.parametrize("family", list(MODELS))
+@pytest.mark.parametrize("family", FAMILIES)
 def test_cached_features_train_as_fresh_ones_and_a_killed_cache_goes_on(
         tmp_path, capsys, monkeypatch, family):
     model, folder = MODELS[family](tmp_path / "vlm"), photos(tmp_path / "photos")

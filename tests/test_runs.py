@@ -1,21 +1,18 @@
 """The folder that a run leaves: nothing is deleted that is not ours, nothing damaged is used."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
-import huggingface_hub
 import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from short_runs import flags, kill_at, same, short_run, weights, without_time
+from small_hub import Handler
 
 import runs
 import train
@@ -76,22 +73,24 @@ def test_an_empty_folder_and_a_run_of_ours_are_taken(tmp_path):
     assert not same(weights(again), first)
 
 
-TRAINING = "import sys, train; train.main(sys.argv[1:])"
+def hold(folder, begun):
+    with runs.locked(folder):
+        begun.set()
+        time.sleep(60)
 
 
-def test_two_trainings_into_one_folder_and_a_kill_sets_it_free(tmp_path):
-    command = [sys.executable, "-c", TRAINING, *flags(tmp_path / "run", steps=400)]
-    first = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                             stderr=subprocess.DEVNULL)
+def test_a_folder_is_one_commands_and_a_kill_sets_it_free(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    first = fork.Process(target=hold, args=(tmp_path / "run", begun), daemon=True)
+    first.start()
     try:
-        while "trainable" not in first.stdout.readline():
-            assert first.poll() is None
+        assert begun.wait(60)
         with pytest.raises(OSError, match="another process writes into .*run at this moment"):
-            train.main(flags(tmp_path / "run", steps=400))
+            train.main(flags(tmp_path / "run"))
     finally:
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
-        first.stdout.close()
+        first.kill()
+        first.join()
     with runs.locked(tmp_path / "run"):
         pass                                              # a killed process holds nothing
 
@@ -131,37 +130,39 @@ def test_what_cannot_be_written_leaves_no_part_and_the_old_one(tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.fixture
-def room_for():
-    """room_for(n): no file of this process may get longer than n bytes, as on a full disk."""
+@contextmanager
+def room_for(n: int):
+    """No file of this process may get longer than n bytes, as on a full disk; no longer than it
+    has to, or what the tests print may not get longer either."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_half_a_line_onto_a_full_disk_is_taken_back(tmp_path, room_for, sync):
+def test_half_a_line_onto_a_full_disk_is_taken_back(tmp_path, sync):
     path = tmp_path / "log.jsonl"
     runs.append(path, "whole\n", sync)
-    room_for(10)
-    with pytest.raises(OSError, match=r"log\.jsonl cannot be written .*make room"):
+    with (room_for(10),
+          pytest.raises(OSError, match=r"log\.jsonl cannot be written .*make room")):
         runs.append(path, "does not fit\n", sync)
     assert path.read_text() == "whole\n"
-    room_for(100)
     runs.append(path, "fits\n", sync)
     assert path.read_text() == "whole\nfits\n"
 
 
-def test_the_log_and_pictures_say_that_the_disk_is_full(tmp_path, room_for):
+def test_the_log_and_pictures_say_that_the_disk_is_full(tmp_path):
     log = runs.open_log(tmp_path / "log.jsonl", 0, is_main=True)
     log({"step": 0})
     plots.save(plt.figure(figsize=(1, 1)), tmp_path / "old.png")
     before = (tmp_path / "old.png").read_bytes()
-    room_for(30)
-    with pytest.raises(OSError, match=r"log\.jsonl cannot be written"):
+    with room_for(30), pytest.raises(OSError, match=r"log\.jsonl cannot be written"):
         log({"step": 1, "loss": 0.123456789})
-    with pytest.raises(OSError, match=r"old\.png cannot be written"):
+    with room_for(30), pytest.raises(OSError, match=r"old\.png cannot be written"):
         plots.save(plt.figure(figsize=(2, 2)), tmp_path / "old.png")
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 0}\n'
     assert (tmp_path / "old.png").read_bytes() == before and len([*tmp_path.iterdir()]) == 2
@@ -191,6 +192,22 @@ def test_a_damaged_selector_is_refused_by_name(tmp_path, vlm, name, change, mess
     damage(tmp_path / "selector", name, change)
     with pytest.raises(ValueError, match=message):
         runs.load_selector(tmp_path, vlm, "cpu")
+
+
+@pytest.mark.parametrize("name, reads_language", [("recon", False), ("autoselect", True)])
+def test_a_selector_minds_the_language_model_only_if_it_reads_it(tmp_path, vlm, name,
+                                                                 reads_language):
+    folder = tmp_path / "selector"
+    shutil.copytree(ROOT / f"results/{name}_tiny/selector", folder)
+    about = json.loads((folder / "config.json").read_text())
+    about["backbone"]["layers"] += 1
+    (folder / "config.json").write_text(json.dumps(about))
+    if not reads_language:
+        assert runs.load_selector(tmp_path, vlm)[0].reads_language is False
+        about["backbone"]["vision_layers"] += 1
+        (folder / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="was trained for another backbone .*layers: . there"):
+        runs.load_selector(tmp_path, vlm)
 
 
 def test_an_older_selector_without_a_later_option_loads_with_its_default(tmp_path, vlm):
@@ -224,7 +241,7 @@ def test_a_folder_that_can_be_written_is_not_made(tmp_path):
         runs.writable_file(tmp_path)
 
 
-class Hub(BaseHTTPRequestHandler):
+class Maker(Handler):
     """Makes the repositories of user, of nobody else."""
 
     def do_POST(self):
@@ -237,23 +254,9 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
 
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
-                        f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub, monkeypatch):
+def test_a_push_that_is_refused_is_refused_before_the_training(tmp_path, hub_answers, monkeypatch):
+    hub_answers(Maker)
     runs.open_repository("user/new")
     for name in ("nobody", "a/b/c", "user/-x", "user/a b"):
         with pytest.raises(ValueError, match=f"push='{name}': expected user/name"):

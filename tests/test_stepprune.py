@@ -114,10 +114,24 @@ def test_aggregate_is_the_printed_sum(how):
         still, total, last = 1.0, 0.0, int(on[b].sum()) - 1
         for t in range(last + 1):
             weight = {"full": gamma ** t * still, "alive": still, "uniform": 1.0,
-                      "last": float(t == last)}[how]
+                      "discounted": gamma ** t, "last": float(t == last)}[how]
             total += weight * pi[b, t, i].item()
             still *= 1 - pi[b, t, 6].item()
         assert s[b, i].item() == pytest.approx(total, rel=1e-12)
+
+
+def test_the_top_k_by_optimal_transport_is_the_sigmoid():
+    """Xie et al., arXiv:2002.06504: scores go to the targets 0 and 1 at squared cost, K of them to
+    1, with entropy epsilon. Sinkhorn's plan is Eq. 12's sigmoid with tau = epsilon / 2."""
+    s, k, epsilon = torch.rand(3, 9).double(), torch.tensor([2., 4.5, 7.]), 0.3
+    kernel = (-torch.stack([s ** 2, (s - 1) ** 2], 2) / epsilon).exp()     # (B, N, 2)
+    wanted = torch.stack([9 - k, k], 1).double()
+    v = torch.ones(3, 2).double()
+    for _ in range(500):
+        u = 1 / (kernel @ v[..., None]).squeeze(2)                         # each score is one
+        v = wanted / (u[:, None] @ kernel).squeeze(1)
+    plan = u[..., None] * kernel * v[:, None]
+    assert (soft_topk(s, k, epsilon / 2) - plan[..., 1]).abs().max() < 1e-10
 
 
 def test_expected_count_is_the_mean_over_all_ends():
@@ -143,14 +157,72 @@ def test_gradients_of_aggregation_length_and_polarisation():
     assert gradcheck(polarised, pi, atol=1e-6)
 
 
+@pytest.mark.parametrize("price", ["scheduled", "told"])
+def test_a_price_is_read_only_where_it_is_told(price):
+    net, data = model(price=price, k_rule="expected"), inputs()
+    slots = [net.memory(*data, fallen=fallen)[:, -1] for fallen in (0., 1.)]
+    assert torch.equal(*slots) == (price == "scheduled")
+    each = net.memory(*data, fallen=torch.tensor([0., 1., 0.]))[:, -1]
+    assert all(torch.allclose(each[row], slots[row == 1][row]) for row in range(3))
+
+
+@pytest.mark.parametrize("price", ["told", "constant"])
+def test_every_row_pays_the_price_that_it_is_told(tiny, price):
+    """Told: drawn anew from the row's own generator, between lambda's peak and where it has fallen
+    to. Constant: from the first step to the last."""
+    vlm, items = tiny
+    torch.manual_seed(0)
+    net = sp.StepPrune(sp.Config.of(vlm, max_steps=12, heads=2, price=price)).double().train()
+    batch = part_of(vlm, items[:2])
+    units = net.read(vlm, batch)
+
+    def noise(owner):
+        return [torch.Generator().manual_seed(row) for row in range(len(owner))]
+    step = step_of(67, 100, answers=40.0, rows=10.0, generators=noise)
+    net.observe(vlm, [(batch, units)], step)
+    loss, log = net.loss(vlm, batch, units, step)
+    drawn = noise(batch.owner)
+    fallen = torch.stack([torch.rand((), generator=g) for g in drawn]) * (67 / 100 - .45) / .45
+    weight = torch.full_like(fallen, 3.)
+    if price == "told":
+        weight = 3 * (.1 / 3) ** fallen
+        assert .5 < weight.min() < weight.max() < 2.99
+    else:
+        fallen, drawn = fallen * 0, noise(batch.owner)
+    gated, _, _, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0, drawn,
+                                fallen)
+    nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
+    price = (weight * expected / 144).sum() / 10
+    assert loss.item() == pytest.approx((nll * batch.answers / 40 + price).item(), rel=1e-6)
+    assert log["lambda"] == pytest.approx(weight.mean().item(), rel=1e-6)
+
+
+def test_a_told_price_steers_first_and_the_bias_does_the_rest(capsys):
+    net = model(price="told", k_rule="expected", max_steps=12)
+    with torch.no_grad():                             # stop's logit falls with the price
+        net.told[0].weight.fill_(1), net.told[0].bias.zero_()
+        net.told[2].weight.mul_(3)
+    batches = [asked(*inputs(4, n=12, seed=seed)) for seed in range(4)]
+    steering = net.calibrated([2, 5, 8], batches, 12)
+    assert len({how["fallen"] for how in steering.values()}) > 1
+    shown = capsys.readouterr().out
+    unsteered = [float(word) for word in shown.split(" tokens")[0].split()[3:]]
+    assert len(unsteered) == 9 and max(unsteered) > min(unsteered) + .5
+    for k, how in steering.items():
+        nearest = min(range(9), key=lambda i: abs(unsteered[i] - k))
+        assert abs(unsteered[int(8 * how["fallen"])] - k) <= abs(unsteered[nearest] - k) + .11
+        kept = [len(row) for batch in batches for row in net.picks(*batch, most=12, **how)]
+        assert k - 1.2 < sum(kept) / len(kept) <= k
+
+
 # ---- the episode
 
 def test_length_weight_rises_rests_and_falls():
-    w = [sp.length_weight(step, 100, 3., .1) for step in range(101)]
+    w = [sp.length_weight(step, 100, 3., .1, sp.fall(step, 100)) for step in range(101)]
     assert w[0] == 0 and w[5] == pytest.approx(1) and w[15:46] == [3.] * 31
     assert w[90:] == [pytest.approx(.1)] * 11 and w[67] / w[66] == pytest.approx(w[80] / w[79])
-    assert {sp.length_weight(step, 100, 2., 2.) for step in range(15, 101)} == {2.}
-    assert sp.length_weight(5, 9, 0., 0.) == 0
+    assert {sp.length_weight(step, 100, 2., 2., 1) for step in range(15, 101)} == {2.}
+    assert sp.length_weight(5, 9, 0., 0., 1) == 0
 
 
 def test_the_policy_is_a_distribution_over_all_trajectories():
@@ -469,7 +541,7 @@ def test_the_loss_is_equation_15(tiny):
     gated, a, episode, expected = net(*units.pad(), *vlm.question(batch.rows), log["tau"], 1.0,
                                       noise(batch.owner))
     nll = vlm.loss(vlm.embed(batch.rows, units, units.flat(gated)))
-    price = sp.length_weight(67, 100, 3.0, 0.1) * (expected / 144).sum() / 10
+    price = sp.length_weight(67, 100, 3.0, 0.1, sp.fall(67, 100)) * (expected / 144).sum() / 10
     assert loss.item() == pytest.approx((nll * batch.answers / 40 + price).item(), rel=1e-9)
     assert log["nll"] == pytest.approx(nll.item()) and 0.1 < log["lambda"] < 3
     assert log["K"] == episode.count.double().mean() and log["K_soft"] < 12

@@ -40,8 +40,10 @@ SPLITS = {
     "train": 0,
     "calibration": 1_000_000_000,
     "test": 2_000_000_000,
-}  # first seed of each split
+    "crowded": 4_000_000_000,
+}  # first seed of each split; crowded: two signs, and small shapes while there is room
 CELL = 12  # pixels of a visual token
+MOST = 7  # shapes of a scene
 CAPTION = "describe the scene ."
 FONT = ImageFont.load_default(size=14)  # the font that ships with Pillow: same bytes everywhere
 
@@ -110,8 +112,9 @@ def make_scene(seed: int, size: tuple[int, int] = (144, 144)) -> Scene:
         )
     rng = np.random.default_rng([seed, *size])
     scene, (w, h) = Scene(seed, size), size
+    is_crowded = seed >= SPLITS["crowded"]
     sign_colours = rng.permutation(list(COLOURS))
-    for i in range(rng.choice(3, p=[0.3, 0.4, 0.3])):
+    for i in range(2 if is_crowded else rng.choice(3, p=[0.3, 0.4, 0.3])):
         left = CELL * int(rng.integers(0, w // CELL - 4)) + CELL // 2
         top = CELL * int(rng.integers(0, h // CELL - 1)) + int(rng.integers(-1, 2))
         box = (left, top - 3, left + 4 * CELL, top + CELL + 3)
@@ -123,10 +126,11 @@ def make_scene(seed: int, size: tuple[int, int] = (144, 144)) -> Scene:
         rng.choice(list(COLOURS), 2, replace=False),
     )
     repetitive = rng.random() < 0.5  # half of the scenes draw from few kinds and colours
-    for _ in range(rng.integers(1, 8)):
+    for _ in range(MOST if is_crowded else rng.integers(1, MOST + 1)):
         kind = rng.choice(few_kinds if repetitive and rng.random() < 0.6 else SHAPES)
         colour = rng.choice(few_colours if repetitive and rng.random() < 0.6 else list(COLOURS))
-        for side in rng.integers([34, 26, 20, 18], [46, 36, 28, 21]):  # smaller if there is no room
+        sides = rng.integers([34, 26, 20, 18], [46, 36, 28, 21])  # smaller if there is no room
+        for side in sides[3:] if is_crowded else sides:
             x, y = rng.integers(1, w - side), rng.integers(1, h - side)
             box = (int(x), int(y), int(x + side), int(y + side))
             if _free(box, scene):

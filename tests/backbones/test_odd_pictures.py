@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from test_common import (
+from full_prompt import (
     TOLERANCE,
     every,
     full_embeds,
@@ -14,6 +13,7 @@ from test_common import (
     stock_inputs,
     stock_positions,
 )
+from PIL import Image
 from tiny_models import NATIVE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,11 +40,10 @@ def check(vlm, stock, pictures):
                                        **TOLERANCE)
 
 
-@pytest.mark.parametrize("short", [1, 2, 5])
+@pytest.mark.parametrize("short", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5))])
 def test_any_ratio_kept_whole_is_the_stock_model(vlm, stock, short):
     for ratio in RATIOS:
-        check(vlm, stock, [noise(short, short * ratio)])
-        check(vlm, stock, [noise(short * ratio, short)])
+        check(vlm, stock, [noise(short, short * ratio), noise(short * ratio, short)])
 
 
 def test_thin_and_odd_pictures_in_one_batch_are_the_stock_model(vlm, stock):

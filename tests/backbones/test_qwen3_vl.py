@@ -3,18 +3,17 @@ unit and drowns with it."""
 
 import pytest
 import torch
-from PIL import Image
-from test_common import (
+from full_prompt import (
     TOLERANCE,
-    decode,
     every,
     full_embeds,
-    greedy_reference,
     hidden_logits,
     stock_inputs,
     stock_positions,
     visible_tokens,
 )
+from PIL import Image
+from test_exactness import decode, greedy_reference
 from tiny_models import qwen3
 from transformers import AutoModelForImageTextToText
 

@@ -4,7 +4,7 @@ hand, and how they answer."""
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import QUESTIONS, VIDEO, rows_for, stock_inputs
+from full_prompt import QUESTIONS, VIDEO, rows_for, stock_inputs
 from tiny_models import NATIVE
 from transformers import CLIPConfig, CLIPModel
 
@@ -485,7 +485,7 @@ def test_cdpruner_with_word_embeddings_wants_what_is_like_the_question():
                    reads_question=True, needs=cdpruner.needs(vlm))
     ways = {("random", 16): baselines.way("random", vlm), ("plus", 16): signed(1),
             ("minus", 16): signed(-1)}
-    answers = answer_all(vlm, ways, 200)
+    answers = answer_all(vlm, ways, 60)
     blind, plus, minus = (tiny_world.score(answers[key])["average"] for key in ways)
     assert plus > blind + 20 and minus < blind
 

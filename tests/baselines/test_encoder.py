@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from full_prompt import QUESTIONS
 from PIL import Image
-from test_common import QUESTIONS
 from tiny_models import MODELS, NATIVE
 from transformers import AutoModelForImageTextToText
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_common import (
+from full_prompt import (
     QUESTIONS,
     full_embeds,
     stock_inputs,

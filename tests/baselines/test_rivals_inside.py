@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_common import QUESTIONS, full_embeds, stock_logits, stock_positions, token_id
+from full_prompt import QUESTIONS, full_embeds, stock_logits, stock_positions, token_id
 from tiny_models import MODELS
 from transformers import AutoModelForImageTextToText
 

@@ -85,7 +85,8 @@ def test_two_steps_foretell_what_one_of_many_pictures_takes(tmp_path, method):
     assert .85 < (fixed + 6 * picture) / measured < 1.15
 
 
-@pytest.mark.parametrize("method", ["autoselect", "stepprune"])
+@pytest.mark.parametrize("method", [
+    "autoselect", pytest.param("stepprune", marks=pytest.mark.slow)])
 def test_micro_follows_from_free_memory_and_the_selector_is_the_same(
         tmp_path, monkeypatch, method):
     """As that of a run that is told the same --micro, bit for bit: to measure changes nothing."""

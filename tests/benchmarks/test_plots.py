@@ -172,3 +172,20 @@ def test_training_curves_of_several_runs(tmp_path, drawn):
     assert short.get_ydata().tolist() == [1, 2, 3, 4, 5]
     assert long.get_ydata()[0] == pytest.approx(5.5)
     assert long.get_xdata()[[0, -1]].tolist() == [9, 39]
+
+
+@pytest.mark.parametrize("name, kind", [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a", "PNG")])
+def test_a_picture_is_what_its_name_says(tmp_path, name, kind):
+    plots.save(plt.figure(figsize=(1, 1)), tmp_path / name)
+    assert Image.open(tmp_path / name).format == kind
+
+
+def test_how_many_each_way_keeps_stands_side_by_side(tmp_path, drawn):
+    counts = {(title, k): np.random.default_rng(k).integers(1, 2 * k, 50)
+              for title in ("one way", "another") for k in (48, 16)}
+    plots.draw_kept_counts(counts, tmp_path / "counts.png")
+    (figure,) = drawn
+    titles = [axis.get_title(loc="left") for axis in figure.axes]
+    assert titles == [f"{title}, mean {counts[title, k].mean():.1f}"
+                      for title in ("one way", "another") for k in (48, 16)]
+    assert all(sum(bar.get_height() for bar in axis.patches) == 50 for axis in figure.axes)

@@ -2,9 +2,9 @@
 
 import gc
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
+import time
 
 import pytest
 from prediction_rows import HEADER, question, row
@@ -80,21 +80,19 @@ def test_rows_that_stand_twice_with_the_same_answer_are_one(tmp_path, capsys):
     assert Predictions(path, HEADER, [question(0), question(1)]).done == {"0", "1"}
 
 
-WRITER = """
-import sys, time
-from pathlib import Path
-from benchmarks.predictions import Predictions
-file = Predictions(Path(sys.argv[1]), %r, [], int(sys.argv[2]), int(sys.argv[3]))
-print("begun", flush=True)
-time.sleep(60)
-""" % HEADER
+def write(path, begun):
+    _file = Predictions(path, HEADER, [])
+    begun.set()
+    time.sleep(60)
 
 
-def writer(path, process=0, processes=1):
+def writer(path):
     """Another evaluation, that has begun to write."""
-    command = [sys.executable, "-c", WRITER, str(path), str(process), str(processes)]
-    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "begun\n"
+    fork = multiprocessing.get_context("fork")
+    begun = fork.Event()
+    other = fork.Process(target=write, args=(path, begun), daemon=True)
+    other.start()
+    assert begun.wait(60)
     return other
 
 
@@ -111,7 +109,7 @@ def test_two_evaluations_of_one_folder_are_refused_and_a_killed_one_is_not_in_th
         second = Predictions(path, HEADER, [question(0)], 1, 2)
     finally:
         other.kill()
-        other.wait()
+        other.join()
     first = Predictions(path, HEADER, [question(0)], 0, 2)         # of one launch, side by side
     for file in (first, second):
         file.add([row(0)])
@@ -120,7 +118,7 @@ def test_two_evaluations_of_one_folder_are_refused_and_a_killed_one_is_not_in_th
     gc.collect()                                                   # the lock is given back
     other = writer(path.with_name("c.jsonl"))
     other.kill()
-    other.wait()
+    other.join()
 
 
 @pytest.mark.parametrize(

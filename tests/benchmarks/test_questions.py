@@ -1,6 +1,7 @@
 """Tables of questions from local copies, samples of them, and the rehearsal on the tiny world."""
 
 import io
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,7 @@ def small_hub(tmp_path_factory):
             f"- config_name: {name}\n  data_files:\n  - split: dev\n    path: {name}/dev-*\n"
             for name in ("cn", "en")) + "---\n")
         put(server.folder / "second/Large/data", "validation", group=1, size=200)
+        shutil.copytree(server.folder / "second/Large", server.folder / "second/Whole")
         lines = [f'{{"id": {k}}}' for k in range(20)]
         (server.folder / "second/Lines").mkdir()
         (server.folder / "second/Lines/test.jsonl").write_text("\n".join(lines))
@@ -176,72 +178,85 @@ def small_hub(tmp_path_factory):
         yield server
 
 
-def test_only_the_asked_split_is_fetched_and_found_again_offline(small_hub, tmp_path):
-    """From the second id, for the first is not there; nothing is written a second time."""
-    code = ASK + """
+STORED = """
 ask("vqa", ("first/VQA", "second/VQA"), None, "validation")
 ask("two", ("first/Two", "second/Two"), "en", "dev")
 ask("again", ("first/VQA", "second/VQA"), None, "validation")
 ask("gone", ("first/VQA", "second/VQA"), None, "test")
 """
-    small_hub.fetched.clear()
-    said = ask_hub(small_hub, tmp_path, code)
-    assert said["vqa"] == said["two"] == said["again"] == "20 13 [13] None"
-    assert said["gone"].startswith("FileNotFoundError first/VQA is not to be had from the hub")
-    assert "second/VQA has no parquet files of the split 'test': it has " in said["gone"]
-    assert said["validation:"].startswith("2 of 2 files of second/VQA, 0.00 GiB, are fetched into")
-    assert said["en"].startswith("dev: 2 of 2 files of second/Two, 0.00 GiB, are fetched into")
-    names = [name for name, _ in small_hub.fetched if name.endswith(".parquet")]
-    assert sorted(names) == [f"{part}-{k:05}-of-00002.parquet"
-                             for part in ("data/validation", "en/dev") for k in range(2)]
-    assert not [*tmp_path.rglob("*.arrow")]
-
-    small_hub.fetched.clear()
-    code += """
-ask("cn", ("first/Two", "second/Two"), "cn", "dev")
-ask("train", ("first/VQA", "second/VQA"), None, "train")
-"""
-    alone = ask_hub(small_hub, tmp_path, code, offline=True)
-    assert alone["vqa"] == alone["two"] == "20 13 [13] None"
-    assert not [name for name, _ in small_hub.fetched if name.endswith(".parquet")]
-    for word in ("cn", "train", "gone"):               # another language is none of these
-        assert alone[word].startswith("FileNotFoundError first/")
-        assert "neither as first/" in alone[word] and "for HF_HUB_OFFLINE" in alone[word]
-    # a split of which a part is missing is not taken for the whole
-    (part,) = tmp_path.rglob("validation-00001-of-00002.parquet")
-    part.unlink()
-    alone = ask_hub(small_hub, tmp_path, code, offline=True)
-    assert alone["vqa"].startswith("FileNotFoundError") and alone["two"] == "20 13 [13] None"
 
 
-def test_of_a_small_sample_only_its_pictures_are_read(small_hub, tmp_path):
-    code = ASK + """
+@pytest.fixture(scope="module")
+def online(small_hub, tmp_path_factory):
+    """(HF_HOME, what is said): all that the tests below ask of the hub, in one process."""
+    home = tmp_path_factory.mktemp("home")
+    return home, ask_hub(small_hub, home, ASK + STORED + """
 ask("few", ("second/Large",), None, "validation", n=4)
-"""
-    small_hub.fetched.clear()
-    said = ask_hub(small_hub, tmp_path, code)
-    assert said["few"] == "20 13 [13] None"
-    assert "of 2 files of second/Large, 0.00 GiB, only the texts" in said["validation:"]
-    whole = sum(file.stat().st_size for file in small_hub.folder.glob("second/Large/data/*"))
-    assert 120_000 < sum(n for _, n in small_hub.fetched) < whole / 5    # one of 19 pictures
-    assert not [*tmp_path.rglob("validation-*")]
-    # of many questions nearly all row groups would be read: whole files, which are kept
-    small_hub.fetched.clear()
-    twice = code.replace("n=4", "n=5") + code.replace('"few"', '"then"')
-    said = ask_hub(small_hub, tmp_path, twice)
-    assert said["few"] == said["then"] == "20 13 [13] None"
-    assert "are fetched into" in said["validation:"]
-    whole_files = [n for name, n in small_hub.fetched if n > 10**6 and name.endswith(".parquet")]
-    assert sum(whole_files) == whole
-
-
-def test_other_layouts_and_gated_sets(small_hub, tmp_path):
-    said = ask_hub(small_hub, tmp_path, ASK + """
+ask("more", ("second/Whole",), None, "validation", n=5)
+ask("then", ("second/Whole",), None, "validation", n=5)
 ask("lines", ("second/Lines",), None, "test", ("id",), at=None)
 ask("first", ("gated/First", "second/VQA"), None, "validation")
 ask("other", ("gated/Other",), None, "validation")
 ask("lacks", ("second/VQA",), None, "validation", ("id", "hint"))
 """)
+
+
+def parquet_files(hub, repo: str) -> list[tuple[str, int]]:
+    """(name, bytes) of each time that content of one was sent."""
+    return [(name, size) for of, name, size in hub.fetched
+            if of == repo and name.endswith(".parquet")]
+
+
+def test_only_the_asked_split_is_fetched_and_found_again_offline(small_hub, online):
+    """From the second id, for the first is not there; nothing is written a second time."""
+    home, said = online
+    assert said["vqa"] == said["two"] == said["again"] == "20 13 [13] None"
+    assert said["gone"].startswith("FileNotFoundError first/VQA is not to be had from the hub")
+    assert "second/VQA has no parquet files of the split 'test': it has " in said["gone"]
+    assert "2 of 2 files of second/VQA, 0.00 GiB, are fetched into" in said["validation:"]
+    assert said["en"].startswith("dev: 2 of 2 files of second/Two, 0.00 GiB, are fetched into")
+    for repo, part in (("second/VQA", "data/validation"), ("second/Two", "en/dev")):
+        names = [name for name, _ in parquet_files(small_hub, repo)]
+        assert sorted(names) == [f"{part}-{k:05}-of-00002.parquet" for k in range(2)]
+    # but for the set that is not of parquet files
+    assert not [path for path in home.rglob("*.arrow") if "second___lines" not in path.parts]
+
+    asked = len(small_hub.fetched)
+    alone = ask_hub(small_hub, home, ASK + STORED + f"""
+ask("cn", ("first/Two", "second/Two"), "cn", "dev")
+ask("train", ("first/VQA", "second/VQA"), None, "train")
+from pathlib import Path
+(part,) = Path({str(home)!r}).glob("**/*VQA/**/validation-00001-of-00002.parquet")
+part.unlink()
+ask("part", ("first/VQA", "second/VQA"), None, "validation")
+ask("beside", ("first/Two", "second/Two"), "en", "dev")
+""", offline=True)
+    assert alone["vqa"] == alone["two"] == alone["beside"] == "20 13 [13] None"
+    assert len(small_hub.fetched) == asked
+    for word in ("cn", "train", "gone"):               # another language is none of these
+        assert alone[word].startswith("FileNotFoundError first/")
+        assert "neither as first/" in alone[word] and "for HF_HUB_OFFLINE" in alone[word]
+    # a split of which a part is missing is not taken for the whole
+    assert alone["part"].startswith("FileNotFoundError")
+
+
+def test_of_a_small_sample_only_its_pictures_are_read(small_hub, online):
+    home, said = online
+    assert said["few"] == said["more"] == said["then"] == "20 13 [13] None"
+    assert "of 2 files of second/Large, 0.00 GiB, only the texts" in said["validation:"]
+    whole = sum(file.stat().st_size for file in small_hub.folder.glob("second/Large/data/*"))
+    read = sum(size for _, size in parquet_files(small_hub, "second/Large"))
+    assert 120_000 < read < whole / 5                  # one of 19 pictures
+    assert not [*home.glob("**/*Large/**/validation-*")]
+    # of many questions nearly all row groups would be read: whole files, which are kept
+    assert "of second/Whole, 0.00 GiB, are fetched into" in said["validation:"]
+    whole_files = [size for _, size in parquet_files(small_hub, "second/Whole") if size > 10**6]
+    assert sum(whole_files) == whole
+    assert len([*home.glob("**/*Whole/**/validation-*")]) == 2
+
+
+def test_other_layouts_and_gated_sets(online):
+    _, said = online
     assert said["lines"] == "20 13 [] none"
     for word, repo in (("first", "gated/First"), ("other", "gated/Other")):
         assert said[word].startswith(

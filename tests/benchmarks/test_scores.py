@@ -368,32 +368,6 @@ def test_the_report_is_everything_headline_first(tmp_path, known):
     )
 
 
-def test_ablations_stand_beside_the_base_and_the_papers(tmp_path, known):
-    known({"one": SimpleNamespace(NAME="One", MAIN="average")})
-    folders = {
-        "stepprune_tiny": [
-            ("runs/stepprune_s0", 90.0), ("runs/stepprune_s1", 94.0), ("runs/autoselect_s0", 10.0),
-        ],
-        "ablations/stepprune/causal": [
-            ("runs/causal_s0", 80.0), ("runs/causal_s0 exactly", 70.0), ("random", 20.0),
-        ],
-    }
-    for folder, lines in folders.items():
-        (tmp_path / folder).mkdir(parents=True)
-        text = json.dumps({"lines": [line_of(name, 8, value) for name, value in lines]})
-        (tmp_path / folder / "benchmarks.json").write_text(text)
-    printed = scores.published()["ablations"]["stepprune"]
-    base, causal = printed["base"][0], printed["causal"][0]
-    assert (base, printed["base of causal"][0], causal) == (94.7, 94.6, 92.4)    # its Table 4
-    assert tables.ablations("stepprune", tmp_path).splitlines() == [
-        "| variant | K = 8: retention, - base | published: retention, - base |",
-        "|---|---|---|",
-        f"| base | 92.0 ±2.8, +0.0 | {base}, +0.0 |",
-        f"| causal | 80.0, -12.0 | {causal}, -2.2 |",
-        "| causal exactly | 70.0, -22.0 | - |",
-    ]
-
-
 def test_how_a_method_that_decides_spread_its_tokens(known):
     """Worked by hand: buckets from 1 to 63, and the families' mean K."""
 

@@ -33,6 +33,7 @@ def config(**changes):
         split=None,
         prompt="what is there ?",
         images=None,
+        take=None,
         questions=3,
         n_pictures=6,
         epochs=0.0,
@@ -330,3 +331,11 @@ def test_features_of_other_pixels_or_other_stand_ins_are_refused(tiny, tmp_path,
     monkeypatch.setattr(tiny, "protocol", other)
     with pytest.raises(ValueError, match=f"protocol: .* there, '{other}' here"):
         cached(options, tiny, data, "dialogue")
+
+
+def test_no_questions_leave_the_caption_alone(tiny):
+    items = open_data(config(questions=0), tiny, "dialogue")
+    assert [[question for question, _ in items[i][2]] for i in range(3)] == [[CAPTION]] * 3
+    for rows in ("question", "question twice"):
+        with pytest.raises(ValueError, match="questions=0 with data='scenes': expected at least 1"):
+            open_data(config(questions=0), tiny, rows)

@@ -127,6 +127,7 @@ def share(vlm, folder, rank, processes, pause, made):
         data="scenes",
         model="tiny",
         images=None,
+        take=None,
         path=None,
         split=None,
         questions=1,

@@ -200,8 +200,8 @@ def instruct(tmp_path):
 
 def options(folder, **changes):
     base = dict(data="llava-665k", path=folder / "mix.json", split=None, prompt="what ?",
-                images=folder / "images", questions=3, epochs=1.0, steps=3, batch=4, micro=2,
-                seed=0, workers=0, cache_features=None)
+                images=folder / "images", take=None, questions=3, epochs=1.0, steps=3, batch=4,
+                micro=2, seed=0, workers=0, cache_features=None)
     return SimpleNamespace(**{**base, **changes})
 
 

@@ -4,12 +4,11 @@ twice, and a check that fails."""
 import json
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
 from short_runs import kill_at, without_time
+from small_hub import Handler
 
 from benchmarks.predictions import Predictions
 from examples import headline
@@ -55,7 +54,8 @@ def plan_of(capsys, *words) -> dict[str, list[str]]:
      "5,000 steps of 16 pictures of llava-665k = 80,000",
      "192, 128, 64 of stepprune, fastv, sparsevlm, pdrop, visionzip"),
     ("recon", "llava-v1.6-mistral-7b-hf", "reconstruction paper, Table 2, on LLaVA-1.6-Mistral-7B",
-     "369,647 steps of 32 pictures of coco = 11,828,704", "1296, 864 of recon_selector, pact"),
+     "425,897 steps of 32 pictures of coco, 9,000 of docvqa, 9,000 of chartqa = 13,628,704",
+     "1296, 864 of recon_selector, pact"),
     ("autoselect", "Qwen2.5-VL-7B-Instruct", "AutoSelect paper, Table 3, on Qwen2.5-VL-7B",
      "5,000 steps", "0.333, 0.222, 0.111 of autoselect, fastv, holov")])
 def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, tmp_path, capsys,
@@ -67,7 +67,9 @@ def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, 
     (unknown,) = lines["download"]
     assert "the hub cannot be reached: sizes unknown" in unknown and "(lmms-lab/MME)" in unknown
     assert lines["hours"] == ["unknown before the check, which comes first"]
-    assert ("by hand" in lines) == (method == "stepprune")
+    assert lines.get("by hand") == {
+        "stepprune": ["the pictures of llava-665k, in --images None"],
+        "recon": ["copies of coco, docvqa, chartqa, in --train '--path ...'"]}.get(method)
     if method == "stepprune":
         marked = dict(part.split("] ") for part in lines["settings"][0].split("; "))
         missing = [part.split("=")[0] for part in marked["[value not available"].split(", ")]
@@ -76,7 +78,7 @@ def test_a_plan_without_a_network(method, model, printed, train, kept, layouts, 
     assert not [*tmp_path.iterdir()]
 
 
-class Hub(BaseHTTPRequestHandler):
+class Lister(Handler):
     """Lists files with their sizes, as the hub's API does; knows no lmms-lab-encoder."""
     FILES = {"visual-layer/imagenet-1k-vl-enriched": {"data/train-00000-of-00002.parquet": 6e9,
                                                       "data/validation-0-of-1.parquet": 1e9},
@@ -86,6 +88,8 @@ class Hub(BaseHTTPRequestHandler):
              "lmms-lab/MMBench": {"en/dev-0.parquet": 5e8, "README.md": 1e9,
                                   "en/test-0.parquet": 1e9, "cn/dev-0.parquet": 4e8},
              "lmms-lab/SEED-Bench": {"data/test-0.parquet": 2e9, "data/train-0.parquet": 8e9},
+             "detection-datasets/coco": {"data/train-0.parquet": 19e9, "data/val-0.parquet": 1e9},
+             "HuggingFaceM4/ChartQA": {"data/train-0.parquet": 1e9},
              "owner/llava-1.5-7b": {"model-1.safetensors": 14e9, "pytorch_model.bin": 14e9}}
 
     def do_GET(self):
@@ -98,20 +102,14 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    def log_message(self, *_):
-        pass
 
-
-def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT",
-                        f"http://127.0.0.1:{server.server_port}")
+def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, hub_answers):
+    hub_answers(Lister)
     lines = plan_of(capsys, "autoselect", "--model", layouts["llava-1.5-7b-hf"], "--out",
                     str(tmp_path), "--evaluate",
                     "--benchmarks gqa mmbench mmbench_cn seed seed_all pope")
-    server.shutdown()
+    mixed = plan_of(capsys, "recon", "--model", layouts["llava-v1.6-mistral-7b-hf"], "--out",
+                    str(tmp_path), "--evaluate", "--benchmarks mmbench")
     # of a split, of a config; on the disk what two benchmarks ask for is counted once
     assert lines["download"] == [
         "training, 6.00 GB, visual-layer/imagenet-1k-vl-enriched, streamed: not kept, and anew in "
@@ -120,6 +118,26 @@ def test_sizes_are_those_that_the_hub_says(layouts, tmp_path, capsys, monkeypatc
         "seed_all, 2.00 GB, lmms-lab/SEED-Bench",
         "pope, size unknown, lmms-lab-encoder/POPE and lmms-lab/POPE not found"]
     assert lines["disk"][0].startswith("5.90 GB in the caches; free")
+    # what is mixed has to lie here
+    assert mixed["download"] == [
+        "training, 19.00 GB, detection-datasets/coco", "training, size unknown, "
+        "lmms-lab-encoder/DocVQA and lmms-lab/DocVQA and HuggingFaceM4/DocumentVQA not found",
+        "training, 1.00 GB, HuggingFaceM4/ChartQA", "mmbench, 0.50 GB, lmms-lab/MMBench"]
+    assert mixed["disk"][0].startswith("20.50 GB in the caches; free")
+
+
+def test_data_given_by_hand_take_the_place_of_the_papers_mixture(layouts, tmp_path, capsys,
+                                                                 monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        scenes.render(scenes.make_scene(number)).save(tmp_path / f"photos/{number}.png")
+    for words, said in (
+            (f"--path {tmp_path}/photos x y", "coco, 9,000 of docvqa, 9,000 of chartqa = 18,003"),
+            (f"--data folder --images {tmp_path}/photos --take 2", "of 2 of folder = 2,")):
+        lines = plan_of(capsys, "recon", "--model", layouts["llava-v1.6-mistral-7b-hf"], "--out",
+                        str(tmp_path / "out"), "--train", f"{words} --epochs 1 --batch 1")
+        assert said in lines["train"][0] and "by hand" not in lines
 
 
 def rehearse(root, out, *more) -> None:
@@ -190,7 +208,7 @@ def test_a_check_that_fails_ends_it_unless_told_otherwise(root, tmp_path, capsys
     headline.main([*words, "--despite"])
     printed = capsys.readouterr().out
     assert "- train: 2 steps of 2 pictures of folder = 4" in printed
-    assert "COCO alone" in printed and (tmp_path / "out/headline.md").exists()
+    assert "Table 2: Table 1's checkpoint" in printed and (tmp_path / "out/headline.md").exists()
 
 
 def test_a_method_without_a_headline_is_refused(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ def test_rebuilding_and_stability_are_reported(tmp_path):
     folders = [str(short_run(tmp_path / f"s{seed}", "recon_selector", **SHORT, seed=seed))
                for seed in (0, 1)]
     out = tmp_path / "out"
-    rebuild.main(["--run", *folders, "--n_pictures", "8", "--budgets", "16", "8", "--device", "cpu",
+    rebuild.main(["--run", *folders, "--n_pictures", "3", "--budgets", "16", "8", "--device", "cpu",
                   "--out", str(out)])
     rebuilt = cells_of(out / "rebuild.md")
     assert [row[0] for row in rebuilt] == ["72", "58", "32", "16", "8"] and "±" in rebuilt[0][1]

@@ -1,8 +1,6 @@
 """Real sizes without weights: shapes, random weights, memory, and what loading refuses."""
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from small_hub import Handler
 from transformers import AutoConfig, DynamicCache
 
 from backbones.checkpoints import weight_bytes
@@ -204,7 +203,7 @@ def test_weights_that_do_not_fit_are_refused_before_loading(llava):
 # ------------------------------------------------------------------ what loading refuses
 
 
-class Hub(BaseHTTPRequestHandler):
+class Refuser(Handler):
     """Answers as the hub does for models that one may not, or cannot, have."""
 
     def do_HEAD(self):
@@ -215,22 +214,6 @@ class Hub(BaseHTTPRequestHandler):
 
     do_GET = do_HEAD
 
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                        url + "/{repo_id}/resolve/{revision}/{filename}")
-    yield
-    server.shutdown()
-
 
 @pytest.mark.parametrize("asked, error, says", [
     ("lab/unknown-vlm", FileNotFoundError,
@@ -238,7 +221,8 @@ def hub(monkeypatch):
     ("lab/gated-vlm", PermissionError,
      "'lab/gated-vlm' is gated: accept its terms at https://huggingface.co/lab/gated")])
 @pytest.mark.parametrize("random_weights", [False, True])
-def test_what_the_hub_refuses_is_told_apart(asked, error, says, random_weights, hub):
+def test_what_the_hub_refuses_is_told_apart(asked, error, says, random_weights, hub_answers):
+    hub_answers(Refuser)
     with pytest.raises(error, match=says):
         FrozenVLM.from_pretrained(asked, random_weights=random_weights)
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from benchmarks import tiny_world
 from common import FrozenVLM
-from measure import ablations, likeness, spread, training_curves
+from measure import likeness, spread, training_curves
 
 RUN = "results/autoselect_tiny/selector"
 
@@ -50,40 +50,6 @@ def test_predictions_that_do_not_spread_are_an_error(tmp_path):
     predictions(tmp_path, "random", 4, [("exist", 1, 4, 2), ("exist", 0, 4, 2)])
     with pytest.raises(ValueError, match="no method whose K differs"):
         spread.main([str(tmp_path), "--out", str(tmp_path)])
-
-
-def results_of(folder, runs: dict) -> None:
-    """A benchmarks.json; runs: name -> average retention at K = 48 and 16."""
-    folder.mkdir(parents=True)
-    lines = [{"method": name, "K": k, "scores": {}, "costs": {}, "average": average,
-              "benchmarks": 1, "cost": {}}
-             for name, averages in runs.items() for k, average in zip((48, 16), averages)]
-    (folder / "benchmarks.json").write_text(json.dumps({"header": {}, "lines": lines}))
-
-
-def test_ablations_by_hand(tmp_path, capsys):
-    """Means over seeds of the runs that are named like their folder, beside what the paper says."""
-    results_of(tmp_path / "stepprune_tiny", {
-        "random": (70., 50.), "runs/stepprune_s0": (99., 96.), "runs/stepprune_s1": (97., 94.),
-        "runs/stepprune_s0 exactly": (90., 80.), "runs/stepprune_s1 exactly": (92., 84.),
-        "runs/autoselect_s0": (60., 60.)})
-    results_of(tmp_path / "ablations/stepprune/causal", {
-        "random": (70., 50.), "runs/causal_s0": (95., 90.), "runs/causal_s1": (97., 92.)})
-    ablations.main(["stepprune", "--results", str(tmp_path)])
-    page = (tmp_path / "ablations/stepprune.md").read_text()
-    assert page.splitlines()[2:] == [
-        "| base | 98.0 ±1.4, +0.0 | 95.0 ±1.4, +0.0 | 94.7, +0.0 |",
-        "| base exactly | 91.0 ±1.4, -7.0 | 82.0 ±2.8, -13.0 | - |",
-        "| causal | 96.0 ±1.4, -2.0 | 91.0 ±1.4, -4.0 | 92.4, -2.2 |"]
-    assert page.strip() in capsys.readouterr().out
-
-
-def test_ablations_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="method='none': .* holds no variants"):
-        ablations.main(["none", "--results", str(tmp_path)])
-    results_of(tmp_path / "ablations/stepprune/causal", {"runs/causal_s0": (95., 90.)})
-    with pytest.raises(FileNotFoundError, match="stepprune_tiny has no benchmarks.json"):
-        ablations.main(["stepprune", "--results", str(tmp_path)])
 
 
 def test_training_curves_are_drawn(tmp_path):

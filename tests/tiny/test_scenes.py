@@ -132,12 +132,20 @@ def seeds_of(start, seed):
     return seen
 
 
+def test_crowded_scenes_have_signs_and_small_shapes():
+    crowded, usual = ([row.scene for row in load_rows(300, split)] for split in ("crowded", "test"))
+    assert all(t.box[2] - t.box[0] <= 20 for scene in crowded for t in scene.shapes)
+    assert np.mean([len(scene.signs) for scene in crowded]) > 1.5
+    things = [np.mean([len(scene.things) for scene in scenes]) for scenes in (crowded, usual)]
+    assert things[0] > things[1] + .7
+
+
 def test_splits_and_training_seeds_are_disjoint():
     """Room for 10**9 scenes a split and 10**7 a seed; the VLMs' own scenes come before those of
     selector seed 0."""
     firsts = sorted(SPLITS.values())
-    assert len(set(firsts)) == 3 and min(np.diff(firsts)) >= 10**9
-    assert SPLITS["train"] < SPLITS["calibration"] < SPLITS["test"]
+    assert len(set(firsts)) == 4 and min(np.diff(firsts)) >= 10**9
+    assert SPLITS["train"] < SPLITS["calibration"] < SPLITS["test"] < SPLITS["crowded"]
     spans = [
         (0, 10**7),
         *(
@@ -147,7 +155,7 @@ def test_splits_and_training_seeds_are_disjoint():
     ]
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
     assert spans[-1][1] <= SPLITS["calibration"]
-    for split in ("calibration", "test"):
+    for split in ("calibration", "test", "crowded"):
         ids = [row.id for row in load_rows(60, split)]
         assert min(ids) >= SPLITS[split] and max(ids) < SPLITS[split] + 10**9
     assert all(
