@@ -13,6 +13,7 @@ Shapes  B images, N visual tokens, K kept, C width of a token before the project
         v (B, N, C) tokens | s, z (B, N) scores | a (B, N) share of signal, 0..1
         valid (B, N) False at padding, None without any | mean, std (C,) of the tokens
         v (B, N, P, C) where P patches become one token later (Qwen2.5-VL, P = 4): they share one a
+        mean, std (P, C) where these come of several blocks of the encoder (Qwen3-VL)
 
 What differs from the paper, or what it leaves open [ours]
 - Eq. 5 keeps the variance only where it is 1, and Hugging Face's LLaVA reads a CLIP state without
@@ -45,10 +46,11 @@ from runs import Selector, Way, check_options
 class Sizes:
     """What follows from the frozen VLM."""
     width: int = 1024                       # C, 1024 for CLIP ViT-L
+    unlike_patches: int = 0                 # P, where each has statistics of its own; 0: all alike
 
     @classmethod
     def of(cls, vlm, **options):
-        return cls(width=vlm.width, **options)
+        return cls(width=vlm.width, unlike_patches=vlm.adapter.unlike_patches, **options)
 
 
 @dataclass
@@ -192,11 +194,10 @@ def soft_topk(z: Tensor, k: float | Tensor, tau: float, valid: Tensor | None = N
     if not tau > 0:
         raise ValueError(f"tau={tau} must be positive")
     z = z.to(torch.promote_types(z.dtype, torch.float32))
-    if not isinstance(k, Tensor):
-        fewest = z.shape[1] if valid is None else int(valid.sum(1).min())
-        if not 0 < k <= fewest:
-            raise ValueError(f"keep={k} does not fit {fewest} visual tokens")
     valid = torch.ones_like(z, dtype=torch.bool) if valid is None else valid.bool()
+    fewest = valid.sum(1).min()
+    if not isinstance(k, Tensor) and not 0 < k <= fewest:
+        raise ValueError(f"keep={k} does not fit {fewest} visual tokens")
     k = torch.as_tensor(k, dtype=z.dtype, device=z.device).expand(len(z))
     k = torch.minimum(k.clamp_min(0), valid.sum(1).to(k))
     return _SoftTopK.apply(z, k, float(tau), valid)
@@ -268,8 +269,7 @@ class Denoiser(nn.Module):
             return self.block(x, src_key_padding_mask=None if valid is None else ~valid)
         single = x.reshape(-1, 1, x.shape[-1])                             # (B N, 1, C)
         # attention kernels on GPUs take at most 65535 sequences at once
-        parts = [self.block(part) for part in single.split(32768)]
-        return torch.cat(parts).reshape(x.shape)
+        return torch.cat([self.block(part) for part in single.split(32768)]).reshape(x.shape)
 
 
 class NoiseGate(Selector):
@@ -278,14 +278,15 @@ class NoiseGate(Selector):
     Parameters are float32; tokens come in any float type and leave in the same.
     """
 
-    def __init__(self, width: int, heads: int, gate: str = "noise", denoiser: str = "diagonal"):
+    def __init__(self, width: int, heads: int, gate: str = "noise", denoiser: str = "diagonal",
+                 patches: int = 0):
         super().__init__()
+        shape = (patches, width) if patches else (width,)
         self.gate = gate
-        self.denoiser = None
-        if denoiser != "none":
-            self.denoiser = Denoiser(width, heads, denoiser == "diagonal")
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("std", torch.ones(width))
+        is_diagonal = denoiser == "diagonal"
+        self.denoiser = None if denoiser == "none" else Denoiser(width, heads, is_diagonal)
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))  # tokens seen so far
 
     @torch.no_grad()
@@ -295,10 +296,10 @@ class NoiseGate(Selector):
         sums = []
         for _, units in parts:
             v, valid = units.pad()
-            x = v[valid].reshape(-1, v.shape[-1]).float().double()
+            x = v[valid].reshape(-1, self.mean.numel()).float().double()
             sums.append(torch.cat([x.new_tensor([len(x)]), x.sum(0), x.square().sum(0)]))
         sums = step.sum(torch.stack(sums).sum(0))
-        mean, square = (sums[1:] / sums[0]).chunk(2)
+        mean, square = (sums[1:] / sums[0]).view(2, *self.mean.shape)
         variance = (square - mean.square()).clamp(min=0).float()
 
         # new tensors, not in place: a graph of an earlier forward may still need the old ones
@@ -334,7 +335,7 @@ class AutoSelect(NoiseGate):
         # the scorer draws its weights first
         learned = cfg.scorer == "learned"
         scorer = Scorer(cfg.width, cfg.layers, cfg.heads) if learned else None
-        super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser)
+        super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser, cfg.unlike_patches)
         self.cfg = cfg
         self.scorer = scorer
 
@@ -388,8 +389,7 @@ class AutoSelect(NoiseGate):
 
     @torch.no_grad()
     def _gate(self, asked, keep: int) -> Tensor:
-        v, valid = asked.units.pad()
-        return asked.units.flat(self(v, valid, keep, self.cfg.tau_end)[0])
+        return asked.units.flat(self(*asked.units.pad(), keep, self.cfg.tau_end)[0])
 
 
 def sharpness(a: Tensor, valid: Tensor) -> float:

@@ -24,7 +24,7 @@ Here    LLaVA-1.5 and Qwen2.5-VL. More families, one file each: backbones/. Prun
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
@@ -119,13 +119,10 @@ class Units:
         """Units of a batch whose row b shows image owner[b]: several questions about one image."""
         parts = [(self.image_of == b).nonzero().flatten() for b in owner]
         index = torch.cat(parts)
-        sizes = torch.tensor([len(part) for part in parts])
-        image_of = torch.arange(len(owner)).repeat_interleave(sizes).to(index.device)
-        views = None if self.views is None else [self.views[b] for b in owner]
-        shapes = None
-        if self.shapes is not None:
-            by_image = split_by(self.shapes, self.views)
-            shapes = [shape for b in owner for shape in by_image[b]]
+        image_of = torch.cat([torch.full_like(part, b) for b, part in enumerate(parts)])
+        views = self.views and [self.views[b] for b in owner]
+        by_image = self.shapes and split_by(self.shapes, self.views)
+        shapes = by_image and [shape for b in owner for shape in by_image[b]]
         has_token = None if self.has_token is None else self.has_token[index]
         readings = {name: x[index] for name, x in self.readings.items()}
         return Units(self.feats[index], image_of, [self.grid[b] for b in owner], views, has_token,
@@ -189,8 +186,7 @@ def kept_mask(units: Units, keep, name: str = "keep") -> Tensor:
         rows.append(torch.zeros(n, dtype=torch.bool).index_fill(0, index, True))
     kept = torch.cat(rows).to(units.feats.device)
     if units.has_token is not None:
-        missing = (kept & ~units.has_token).nonzero().flatten().tolist()
-        if missing:
+        if missing := (kept & ~units.has_token).nonzero().flatten().tolist():
             row = int(units.image_of[missing[0]])
             unit = missing[0] - sum(units.counts[:row])
             raise ValueError(f"{name}[{row}] names {unit}, a unit without a token: expected units "
@@ -207,6 +203,7 @@ class Prompt:
     Inside the language model also (baselines/inside.py)
     origin (B, L) int64: a visual token's index among those that entered, -1 for text
     log_size (B, L): added to the attention logits of a token as a key; None for nothing
+    later n times (B, L, D): what is added to the states behind layers 0 to n - 1
     """
     embeds: Tensor
     mask: Tensor
@@ -215,6 +212,7 @@ class Prompt:
     is_visual: Tensor
     origin: Tensor | None = None
     log_size: Tensor | None = None
+    later: tuple[Tensor, ...] = ()
 
     def only(self, stays: Tensor) -> "Prompt":
         """The tokens in stays (B, L) bool, left padded anew; each keeps its position and label."""
@@ -223,15 +221,15 @@ class Prompt:
         # a stable sort by "stays" moves what stays to the right end in its old order: left padding
         index = stays.int().argsort(dim=1, stable=True)[:, -width:]
         mask = torch.arange(width, device=index.device) >= width - count[:, None]
+        at = torch.arange(len(index), device=index.device)[:, None], index
 
         def gather(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.gather(1, index)
+            return None if x is None else x[at]
         labels = gather(self.labels)
-        pos = self.pos.gather(-1, index.expand(*self.pos.shape[:-1], -1))
-        embeds = self.embeds.gather(1, index[..., None].expand(-1, -1, self.embeds.shape[-1]))
-        return Prompt(embeds, mask.long(), pos.masked_fill(~mask, 0),
+        return Prompt(self.embeds[at], mask.long(), self.pos[..., *at].masked_fill(~mask, 0),
                       None if labels is None else labels.masked_fill(~mask, IGNORE),
-                      gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size))
+                      gather(self.is_visual) & mask, gather(self.origin), gather(self.log_size),
+                      tuple(x[at] for x in self.later))
 
 
 # ---------------------------------------------------------------------------- families of VLMs
@@ -245,13 +243,14 @@ class Adapter(ABC):
     kind             what the chat template calls a picture: "image", or "video" of frames
     side, unit_side  units along a side of a view, 0 at native resolution; pixels of a unit's side
     square           whether the papers pad pictures to a square: the processor would cut them off
+    unlike_patches   P where a unit's patches come of several blocks, each of its own scale; else 0
     For rivals that read the encoder's attention (baselines/encoder.py)
     has_cls, depth   whether the encoder has a [CLS] token; blocks that feats go through
     whole            numbers, from 0, of its blocks whose attention spans a view
     fold(x, batch)   (T, n, d) of the encoder's tokens -> (M, d), the mean over each unit's
     """
     model_type = ""
-    processor_class, kind, side = AutoProcessor, "image", 0
+    processor_class, kind, side, unlike_patches = AutoProcessor, "image", 0, 0
     square, has_cls = False, False
     known: list[type["Adapter"]] = []
 
@@ -302,6 +301,11 @@ class Adapter(ABC):
     def project(self, feats: Tensor, unit: Tensor) -> Tensor:
         """feats (K, C) or (K, P, C) of the units (K,) int64 of the batch -> (K, D)."""
         return self.model.multi_modal_projector(feats)
+
+    def later(self, feats: Tensor, unit: Tensor) -> list[Tensor]:
+        """n times (K, D), of the same: what enters behind layers 0 to n - 1 of the language model,
+        added to the units' tokens there."""
+        return []
 
     def slots(self, batch) -> tuple[Tensor, Tensor] | None:
         """unit (S,), line (S,) int64 of every image token; None if the i-th shows unit i.
@@ -367,10 +371,8 @@ class QwenAdapter(Adapter):
         super().__init__(model)
         vision = self.config.vision_config
         self.merge = vision.spatial_merge_size
-        self.unit_side = vision.patch_size * self.merge
-        self.window = dict(spatial_merge_size=self.merge, window_size=vision.window_size,
-                           patch_size=vision.patch_size)
-        self.whole = sorted(vision.fullatt_block_indexes)
+        self.unit_side = self.patch * self.merge
+        self.whole = sorted(getattr(vision, "fullatt_block_indexes", self.whole))
 
     def encode(self, batch):
         grid = batch["image_grid_thw"]
@@ -381,17 +383,18 @@ class QwenAdapter(Adapter):
     def _raster(self, x: Tensor, batch) -> Tensor:
         """(n, d) of all patches -> (M, P, d). The encoder leaves its blocks in the order of its
         attention windows; selectors expect raster order."""
-        window, _ = get_vision_window_index(batch["image_grid_thw"], **self.window)
+        window, _ = get_vision_window_index(batch["image_grid_thw"], self.merge,
+                                            self.config.vision_config.window_size, self.patch)
         return x.view(-1, self.merge ** 2, x.shape[-1])[window.to(x.device).argsort()]
 
     def pixels(self, batch):
-        grid, side = batch["image_grid_thw"].tolist(), self.window["patch_size"]
+        grid, side = batch["image_grid_thw"].tolist(), self.patch
         parts = batch["pixel_values"].split([h * w for _, h, w in grid])
         pictures = []
         for (_, h, w), x in zip(grid, parts):
             x = x.view(h // self.merge, w // self.merge, self.merge, self.merge, 3, -1, side, side)
-            x = x[..., 0, :, :]                   # a still picture stands in both of its two frames
-            x = x.permute(4, 0, 2, 5, 1, 3, 6)
+            # a still picture stands in both of its two frames
+            x = x[..., 0, :, :].permute(4, 0, 2, 5, 1, 3, 6)
             pictures.append(x.reshape(3, h * side, w * side))
         return pictures
 
@@ -427,19 +430,6 @@ def find_adapter(config) -> type[Adapter]:
                          f"served by {names}: expected one of {types}, with their own towers; a "
                          "further family is one file in backbones/, see backbones/README.md")
     return serving[0]
-
-
-def fingerprint(adapter: Adapter) -> dict[str, str | int]:
-    """What a selector's weights depend on. One that never saw the language model depends on
-    vision_* and feature_layer alone. vision_side: 0 for native resolution."""
-    config, vision = adapter.config, adapter.config.vision_config
-    text = config.text_config
-    return dict(
-        model_type=config.model_type, vision_width=adapter.width, vision_patch=adapter.patch,
-        vision_side=adapter.side,
-        vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
-        feature_layer=getattr(config, "vision_feature_layer", -1), dim=text.hidden_size,
-        layers=text.num_hidden_layers, vocabulary=text.vocab_size)
 
 
 # ---------------------------------------------------------------------------- the frozen model
@@ -548,7 +538,16 @@ class FrozenVLM(nn.Module):
         return self.model.dtype
 
     def fingerprint(self) -> dict[str, str | int]:
-        return fingerprint(self.adapter)
+        """What a selector's weights depend on. One that never saw the language model depends on
+        vision_* and feature_layer alone. vision_side: 0 for native resolution."""
+        config = self.adapter.config
+        vision, text = config.vision_config, config.text_config
+        return dict(
+            model_type=config.model_type, vision_width=self.width, vision_patch=self.adapter.patch,
+            vision_side=self.adapter.side,
+            vision_layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+            feature_layer=getattr(config, "vision_feature_layer", -1), dim=text.hidden_size,
+            layers=text.num_hidden_layers, vocabulary=text.vocab_size)
 
     def _message(self, role: str, text: str, images: int = 0) -> dict:
         pictures = [{"type": self.adapter.kind}] * images
@@ -682,20 +681,17 @@ class FrozenVLM(nn.Module):
         batch = self._inputs(images, list(texts), padding=True, add_special_tokens=special,
                              return_tensors="pt")
         batch["labels"] = self._labels(batch, texts, spans, special)
-        self._check_lengths(batch["attention_mask"])
-        questions = [" ".join(question for question, _ in dialogue) for dialogue in turns]
-        asked = self.tokenizer(questions, add_special_tokens=False, padding=True,
-                               padding_side="right", return_tensors="pt")
-        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
-        return batch.to(self.device if device is None else device)
-
-    def _check_lengths(self, mask: Tensor) -> None:
-        for row, n in enumerate(mask.sum(1).tolist()):
+        for row, n in enumerate(batch["attention_mask"].sum(1).tolist()):
             if n > self.limit:
                 raise ValueError(
                     f"row {row} has {n} tokens, those of its image included: expected at most "
                     f"{self.limit}, the language model's positions or window of attention; "
                     "shorten its turns, or take a smaller picture or fewer frames")
+        questions = [" ".join(question for question, _ in dialogue) for dialogue in turns]
+        asked = self.tokenizer(questions, add_special_tokens=False, padding=True,
+                               padding_side="right", return_tensors="pt")
+        batch["question_ids"], batch["question_mask"] = asked["input_ids"], asked["attention_mask"]
+        return batch.to(self.device if device is None else device)
 
     def _labels(self, batch, texts, spans, special: bool) -> Tensor:
         """(B, L): token ids inside the answers' spans, else -100.
@@ -708,7 +704,7 @@ class FrozenVLM(nn.Module):
         labels = torch.full_like(ids, IGNORE)
         tokens = self.tokenizer(list(texts), add_special_tokens=special,
                                 return_offsets_mapping=True)
-        for row in range(len(ids)):
+        for row, row_spans in enumerate(spans):
             pairs = [pair for pair in zip(tokens["input_ids"][row], tokens["offset_mapping"][row])
                      if pair[0] != self.image_id]
             column = is_text[row].nonzero().flatten()
@@ -716,8 +712,7 @@ class FrozenVLM(nn.Module):
                 raise RuntimeError(f"row {row}: but for the image, the processor's tokens are not "
                                    "the tokenizer's: expected a stock processor, the answers "
                                    "cannot be located")
-            is_answer = torch.tensor([any(end > first and start < last
-                                          for first, last in spans[row])
+            is_answer = torch.tensor([any(end > first and start < last for first, last in row_spans)
                                       for _, (start, end) in pairs])
             labels[row, column[is_answer]] = ids[row, column[is_answer]]
         return labels
@@ -745,8 +740,7 @@ class FrozenVLM(nn.Module):
         image_of = torch.arange(len(grid)).repeat_interleave(sizes).to(feats.device)
         check_finite(feats, "features of the vision encoder", image_of)
         if slots is not None:
-            every = torch.arange(len(feats), device=feats.device)
-            has_token = torch.isin(every, slots[0].to(feats.device))
+            has_token = torch.isin(torch.arange(len(feats)), slots[0].cpu()).to(feats.device)
         return Units(feats, image_of, grid, views, has_token, shapes)
 
     def _slots(self, batch) -> tuple[Tensor, Tensor]:
@@ -760,9 +754,7 @@ class FrozenVLM(nn.Module):
         """(3, H, W) of each image as the encoder sees it: normalised, at the size that its units
         cover. Several views stand one below another; several images of a row come one by one."""
         pixels, views = self.adapter.pixels(batch), self.adapter.views(batch)
-        if views is None:
-            return pixels
-        return [torch.cat(part, 1) for part in split_by(pixels, views)]
+        return pixels if views is None else [torch.cat(x, 1) for x in split_by(pixels, views)]
 
     def project(self, feats: Tensor, unit: Tensor | None = None) -> Tensor:
         """(K, C) or (K, P, C) of the units (K,) int64, by default all M -> (K, D), the VLM's own
@@ -772,12 +764,7 @@ class FrozenVLM(nn.Module):
 
     def embed(self, batch, units: Units, feats: Tensor | None = None) -> Prompt:
         """The full prompt; feats, of the same shape, replace units.feats. Differentiable."""
-        feats = units.feats if feats is None else feats
-        if feats.shape != units.feats.shape:
-            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of units.feats, "
-                             f"{tuple(units.feats.shape)}; Units.flat() undoes Units.pad()")
-        everything = torch.ones(len(feats), dtype=torch.bool, device=feats.device)
-        return self._prompt(batch, units, feats, everything)
+        return self._prompt(batch, units, feats, torch.ones_like(units.image_of).bool())
 
     def prune(self, batch, units: Units, keep: Tensor | list[Tensor], feats: Tensor | None = None,
               positions: str = "original") -> Prompt:
@@ -791,18 +778,18 @@ class FrozenVLM(nn.Module):
         Raises ValueError when keep does not fit the units, or names one without a token.
         """
         kept = kept_mask(units, keep)
-        own = units.feats[kept]
-        if feats is not None and feats.shape != own.shape:
-            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected that of the kept "
-                             f"units' own, {tuple(own.shape)}")
         if positions not in ("original", "reindex"):
             raise ValueError(f"positions={positions!r}: expected 'original' or 'reindex'")
-        prompt = self._prompt(batch, units, own if feats is None else feats, kept)
+        prompt = self._prompt(batch, units, feats, kept)
         anew = (prompt.mask.cumsum(-1) - 1).clamp(min=0).expand_as(prompt.pos)
         return replace(prompt, pos=anew) if positions == "reindex" else prompt
 
-    def _prompt(self, batch, units: Units, feats: Tensor, kept: Tensor) -> Prompt:
+    def _prompt(self, batch, units: Units, feats: Tensor | None, kept: Tensor) -> Prompt:
         """The prompt without the units that kept (M,) bool drops; feats: a row per kept unit."""
+        feats = units.feats[kept] if feats is None else feats
+        if feats.shape != (shape := (int(kept.sum()), *units.feats.shape[1:])):
+            raise ValueError(f"feats has shape {tuple(feats.shape)}: expected {shape}, that of the "
+                             "kept units' own; Units.flat() undoes Units.pad()")
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         is_visual = ids == self.image_id
         unit, line = self._slots(batch)                       # (S,) of every image token
@@ -816,27 +803,41 @@ class FrozenVLM(nn.Module):
         stays = shows_kept | is_newline & torch.isin(line, line[shows_kept])
 
         # feats hold the kept units in their own order, the prompt shows them in that of its slots
-        place = kept.cumsum(0) - 1
-        tokens = self.project(feats, kept.nonzero().flatten())[place[unit[shows_kept]]]
+        place = (kept.cumsum(0) - 1)[unit[shows_kept]]
+        which = kept.nonzero().flatten()
+        tokens = self.project(feats, which)[place]
         # detach: with activation checkpointing the embedding's output would want a gradient
         embeds = self.lm.get_input_embeddings()(ids).detach()
         if is_newline.any():
             embeds = torch.where(is_visual[..., None], self.model.model.image_newline, embeds)
         at_kept = is_visual.masked_scatter(is_visual, shows_kept)
         embeds = embeds.masked_scatter(at_kept[..., None], tokens)
+        later = tuple(torch.zeros_like(embeds).masked_scatter(at_kept[..., None], x[place])
+                      for x in self.adapter.later(feats.to(self.dtype), which))
 
         # positions are those of the full prompt; Prompt.only() takes each along with its token
         visual_left = is_visual.masked_scatter(is_visual, stays)
         full = Prompt(embeds, mask.long(), self.adapter.positions(batch), batch.get("labels"),
-                      visual_left)
+                      visual_left, later=later)
         return full.only(mask & (visual_left | ~is_visual))
 
     def _states(self, prompt: Prompt) -> Tensor:
         """(B, L, D), after the last layer and its norm."""
         # Always with a mask: without one, transformers takes each gap in the positions for the
         # start of another packed text, and silently lets nothing attend across it.
-        return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask,
-                       position_ids=prompt.pos, use_cache=False).last_hidden_state
+        with self.entering(prompt.later):
+            return self.lm(inputs_embeds=prompt.embeds, attention_mask=prompt.mask,
+                           position_ids=prompt.pos, use_cache=False).last_hidden_state
+
+    @contextmanager
+    def entering(self, later: tuple[Tensor, ...]):
+        """While open, a pass of the language model adds later[i] to the states behind layer i."""
+        with ExitStack() as hooks:
+            for layer, x in zip(self.lm.layers, later):
+                # to what is decoded next, a token at a time, there is nothing to add
+                hooks.enter_context(layer.register_forward_hook(
+                    lambda _, args, states, x=x: states + x if states.shape[1] > 1 else states))
+            yield
 
     def logits(self, prompt: Prompt) -> Tensor:
         """(B, L, V); logits[:, i] predict token i + 1."""
@@ -864,7 +865,7 @@ class FrozenVLM(nn.Module):
         Sampling and penalties of the checkpoint's generation config are off. streamer: of
         transformers; it gets nothing for the prompt, then the tokens of a single row.
         """
-        with self.decoding():
+        with self.decoding(), self.entering(prompt.later):
             tokens = self.model.generate(
                 inputs_embeds=prompt.embeds, attention_mask=prompt.mask, position_ids=prompt.pos,
                 max_new_tokens=max_new_tokens, do_sample=False, temperature=None, top_p=None,
@@ -889,8 +890,7 @@ class FrozenVLM(nn.Module):
 
     def texts(self, tokens: Tensor) -> list[str]:
         """(B, n) new tokens -> B texts."""
-        decoded = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [text.strip() for text in decoded]
+        return [self.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
 
     def checkpointing(self, on: bool) -> None:
         """Recompute the language model's activations in the backward pass: less memory, the same

@@ -434,7 +434,7 @@ class StepPrune(NoiseGate):
     further_ways = ("exactly",)
 
     def __init__(self, cfg: Config):
-        super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser)
+        super().__init__(cfg.width, cfg.heads, cfg.gate, cfg.denoiser, cfg.unlike_patches)
         self.cfg = cfg
         self.most_kept = 2 * cfg.max_steps                      # of an adaptive selection
         self.encoder = Encoder(cfg)

@@ -24,7 +24,8 @@ from transformers.masking_utils import create_causal_mask
 from common import Adapter, Prompt, Units, kept_mask
 
 # decoders that are no more than layers and a norm
-PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text")
+PLAIN = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text",
+         "qwen3_vl_moe_text")
 
 
 # -------------------------------------------------------------------------- what a rule sees
@@ -171,9 +172,11 @@ class LayerView:
 
     def _project(self, name: str, last: int | None, own: bool, rope: bool) -> Tensor:
         block = self.blocks[own]
+        attention = block.self_attn
         x = (self.prompt if own else self.before).embeds
         x = block.input_layernorm(x[:, -(last or x.shape[1]):])
-        x = getattr(block.self_attn, name)(x).unflatten(-1, (-1, block.self_attn.head_dim))
+        x = getattr(attention, name)(x).unflatten(-1, (-1, attention.head_dim))
+        x = getattr(attention, name.replace("proj", "norm"), nn.Identity())(x)      # Qwen3 has them
         return self.rotate(x) if rope else x
 
     def attention(self, last: int = 1, own: bool = False) -> Tensor:
@@ -365,6 +368,8 @@ def run_layers(vlm, prompt: Prompt, past: dict[int, Past], stages: dict[int, Rul
         before = prompt
         states = layer(prompt.embeds, attention_mask=mask, position_embeddings=rotary,
                        past_key_values=cache)
+        if i < len(prompt.later):
+            states = states + prompt.later[i]
         prompt = replace(prompt, embeds=states)
     return prompt
 

@@ -399,7 +399,8 @@ def answer_inside(vlm, way: Way, asked: QuestionBatch, batch, key, clock: Clock,
 def rows_of(prompt: Prompt, rows: list[int]) -> Prompt:
     """Some rows of a prompt, padded no further than they need."""
     part = Prompt(prompt.embeds[rows], prompt.mask[rows], prompt.pos[..., rows, :],
-                  None if prompt.labels is None else prompt.labels[rows], prompt.is_visual[rows])
+                  None if prompt.labels is None else prompt.labels[rows], prompt.is_visual[rows],
+                  later=tuple(x[rows] for x in prompt.later))
     return part.only(part.mask.bool())
 
 

@@ -19,14 +19,17 @@ class Tokens(NamedTuple):
     """Some tokens of one row.
 
     embeds (1, n, D) | pos (1, n), (3, 1, n) with M-RoPE | is_visual (1, n) bool
+    later: of a Prompt; nothing in what the cache holds
     """
     embeds: Tensor
     pos: Tensor
     is_visual: Tensor
+    later: tuple[Tensor, ...] = ()
 
     def cut(self, start: int, stop: int | None) -> "Tokens":
         return Tokens(self.embeds[:, start:stop], self.pos[..., start:stop],
-                      self.is_visual[:, start:stop])
+                      self.is_visual[:, start:stop],
+                      tuple(x[:, start:stop] for x in self.later))
 
     def followed_by(self, other: "Tokens") -> "Tokens":
         return Tokens(torch.cat([self.embeds, other.embeds], 1),
@@ -89,8 +92,10 @@ class Chat:
         self.held = self.held.followed_by(new) if self.held else new
         # always with a mask, see FrozenVLM._states()
         mask = torch.ones_like(self.held.is_visual).long()
-        states = self.vlm.lm(inputs_embeds=new.embeds, attention_mask=mask, position_ids=new.pos,
-                             past_key_values=self.cache, use_cache=True).last_hidden_state
+        with self.vlm.entering(new.later):
+            states = self.vlm.lm(
+                inputs_embeds=new.embeds, attention_mask=mask, position_ids=new.pos,
+                past_key_values=self.cache, use_cache=True).last_hidden_state
         return states[:, -1:]
 
     def _unread(self, turns) -> Tokens:
@@ -100,7 +105,7 @@ class Chat:
         what the cache holds is compared with the prompt, and dropped from the first difference on.
         """
         prompt = self._prompt(turns)
-        tokens = Tokens(prompt.embeds, prompt.pos, prompt.is_visual)
+        tokens = Tokens(prompt.embeds, prompt.pos, prompt.is_visual, prompt.later)
         if self.held is None:
             return tokens
         n = min(self.held.is_visual.shape[1], tokens.is_visual.shape[1] - 1)

@@ -357,8 +357,9 @@ def check_pruned(subject: Subject) -> Line:
     mask = {"full_attention": mask} if vlm.family == "qwen2_5_vl" else mask
 
     def masked() -> Tensor:
-        return vlm.model(inputs_embeds=full.embeds, attention_mask=mask, position_ids=full.pos,
-                         use_cache=False).logits[0, stays]
+        with vlm.entering(full.later):
+            return vlm.model(inputs_embeds=full.embeds, attention_mask=mask,
+                             position_ids=full.pos, use_cache=False).logits[0, stays]
     expected, kernel, allowed = reference(masked, subject.options.dtype)
     own, anew = [gap(vlm.logits(prompt)[0], expected) for prompt in (
         vlm.prune(batch, units, keep), vlm.prune(batch, units, keep, positions="reindex"))]

@@ -1,4 +1,4 @@
-"""FLOPs of the real backbones, stage by stage: no weights, no network, about a minute.
+"""FLOPs of the real backbones, stage by stage: no weights, no network, some minutes.
 
     python -m measure.flops
 
@@ -88,7 +88,8 @@ def selection(selector, views: int, n: int, keep: int, dim: int, text: int) -> i
 
     dim: width of the language model, whose word embeddings a question of `text` tokens has.
     """
-    feats = torch.zeros(views * n, selector.cfg.width)
+    patches = getattr(selector.cfg, "unlike_patches", 0)
+    feats = torch.zeros(views * n, *[patches] * (patches > 0), selector.cfg.width)
     image_of = torch.zeros(views * n, dtype=torch.int64)
     units = Units(feats, image_of, [(views, n)], [views] if views > 1 else None)
     question = torch.zeros(1, text, dim), torch.ones(1, text, dtype=torch.bool)
@@ -126,18 +127,23 @@ def clip_stages(model, views: int) -> tuple[int, Callable]:
 
 
 def qwen_stages(model, rows: int, columns: int) -> tuple[int, Callable]:
-    """clip_stages() of a picture of rows x columns patches; the encoder without its merger, which
-    is the projector."""
+    """clip_stages() of a picture of rows x columns patches; the encoder without its mergers, of
+    which Qwen3-VL has several: they are the projector."""
     visual, vision = model.model.visual, model.config.vision_config
+    mergers = [visual.merger, *getattr(visual, "deepstack_merger_list", [])]
     n = rows * columns
     patches = empty(n, 3 * vision.temporal_patch_size * vision.patch_size ** 2)
     grid = torch.tensor([[1, rows, columns]])
-    place = torch.empty(n, 2, dtype=torch.int64, device="meta")
+    place = dict(position_ids=torch.empty(n, 2, dtype=torch.int64, device="meta"))
+    if hasattr(visual, "pos_embed"):                   # learned, four of them mixed for each patch
+        place |= dict(interp_indices=torch.empty(n, 4, dtype=torch.int64, device="meta"),
+                      interp_weights=empty(n, 4))
     per_unit = vision.spatial_merge_size ** 2
 
     def merge(k: int) -> int:
-        return count(lambda: visual.merger(empty(k * per_unit, vision.hidden_size)))[0]
-    whole, _ = count(lambda: visual(patches, grid_thw=grid, position_ids=place))
+        x = empty(k * per_unit, vision.hidden_size)
+        return count(lambda: [merger(x) for merger in mergers])[0]
+    whole, _ = count(lambda: visual(patches, grid_thw=grid, **place))
     return whole - merge(n // per_unit), merge
 
 
@@ -176,8 +182,8 @@ def table(vlm, stages: tuple[int, Callable], budgets: list[int], text: int, view
 
 
 def backbones(text: int = 70, side: tuple[int, int] = (980, 1288)) -> str:
-    """The tables of LLaVA-1.5-7B, LLaVA-NeXT with five views, and Qwen2.5-VL-7B at side (height,
-    width) in pixels."""
+    """The tables of LLaVA-1.5-7B, LLaVA-NeXT with five views, and Qwen2.5-VL-7B and Qwen3-VL-8B at
+    side (height, width) in pixels, rounded to whole units."""
     note = (f"TFLOPs of one prompt with {text} tokens of text up to its first new token, 2 per "
             "multiply-add, counted by `python -m measure.flops`. In full: attention as n² "
             "products. Causal half: half of the language model's attention, which looks back "
@@ -190,13 +196,18 @@ def backbones(text: int = 70, side: tuple[int, int] = (980, 1288)) -> str:
     vlm = shapes.load("llava-next-vicuna-7b", device="meta")
     tables += ["llava-next-vicuna-7b: five views of 576 units, newlines not counted.",
                table(vlm, clip_stages(vlm.model, 5), [2880, 640, 320, 160], text, views=5)]
-    vlm = shapes.load("qwen2.5-vl-7b", device="meta")
-    rows, columns = (pixels // vlm.adapter.patch for pixels in side)
-    units = rows * columns // 4
-    tables += [f"qwen2.5-vl-7b: a picture of {side[1]}x{side[0]} pixels, {rows * columns} patches "
-               f"in {units} units.",
-               table(vlm, qwen_stages(vlm.model, rows, columns),
-                     [units, units // 3, units // 9, 64], text)]
+    for name in ("qwen2.5-vl-7b", "qwen3-vl-8b"):
+        vlm = shapes.load(name, device="meta")
+        rows, columns = (2 * round(pixels / vlm.unit_side) for pixels in side)
+        units = rows * columns // 4
+        later = len(getattr(vlm.adapter, "early", []))
+        tables += [f"{name}: a picture of {columns * vlm.adapter.patch}x{rows * vlm.adapter.patch} "
+                   f"pixels, {rows * columns} patches in {units} units."
+                   + f" Of the projector, {later} of {later + 1} parts are deepstack's: they make "
+                   "what is added in the language model; the additions are no products."
+                   * (later > 0),
+                   table(vlm, qwen_stages(vlm.model, rows, columns),
+                         [units, units // 3, units // 9, 64], text)]
     return "\n\n".join(tables)
 
 

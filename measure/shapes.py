@@ -10,8 +10,9 @@ ones lie beside it, so that the folder is a checkpoint like any other.
 
 Source: the repositories on the hub (NAMES), as their pages and the sizes of their files show them,
 and the scripts of transformers that converted them. Not checked against the hub: what
-LLaVA-OneVision and InternVL3 do to pixels (as in their scripts), and LLaVA-OneVision's vocabulary
-(by its script Qwen2's 152,064 rows and two, padded to a multiple of 64).
+LLaVA-OneVision and InternVL3 do to pixels (as in their scripts), LLaVA-OneVision's vocabulary (by
+its script Qwen2's 152,064 rows and two, padded to a multiple of 64), and Qwen3-VL's files, which
+are as others quote them; of its chat template what is about tools is left out.
 
 What is not real: the tokenizer. It spells any text in bytes but knows as one token only what the
 tiny world says, so other text is about four times as long as with the real vocabulary, and the ids
@@ -37,6 +38,7 @@ from tiny import scenes
 NAMES = {"llava-1.5-7b": "llava-hf/llava-1.5-7b-hf",
          "llava-next-vicuna-7b": "llava-hf/llava-v1.6-vicuna-7b-hf",
          "qwen2.5-vl-7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+         "qwen3-vl-8b": "Qwen/Qwen3-VL-8B-Instruct",
          "internvl3-8b": "OpenGVLab/InternVL3-8B-hf",
          "llava-onevision-7b": "llava-hf/llava-onevision-qwen2-7b-ov-hf",
          "llava-next-video-7b": "llava-hf/LLaVA-NeXT-Video-7B-hf"}
@@ -57,6 +59,10 @@ QWEN_VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads
                    patch_size=14, window_size=112, spatial_merge_size=2, spatial_patch_size=14,
                    temporal_patch_size=2, tokens_per_second=2,
                    fullatt_block_indexes=[7, 15, 23, 31], out_hidden_size=3584)
+QWEN3_VISION = dict(depth=27, hidden_size=1152, intermediate_size=4304, num_heads=16, in_channels=3,
+                    hidden_act="gelu_pytorch_tanh", patch_size=16, spatial_merge_size=2,
+                    temporal_patch_size=2, num_position_embeddings=2304, out_hidden_size=4096,
+                    deepstack_visual_indexes=[8, 16, 24], model_type="qwen3_vl")
 # what LlamaConfig takes for granted is not in the hub's files either, such as 32 layers
 VICUNA = dict(model_type="llama", max_position_embeddings=4096, rms_norm_eps=1e-5,
               torch_dtype="float16", vocab_size=32064)
@@ -64,6 +70,12 @@ QWEN = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
             num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=32768,
             rms_norm_eps=1e-6, rope_theta=1e6, use_sliding_window=False, torch_dtype="bfloat16",
             bos_token_id="<|endoftext|>", eos_token_id="<|im_end|>")
+QWEN3 = dict(model_type="qwen3_vl_text", hidden_size=4096, intermediate_size=12288,
+             num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
+             max_position_embeddings=262144, rms_norm_eps=1e-6, rope_theta=5e6, vocab_size=151936,
+             rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20],
+                               rope_type="default"),
+             dtype="bfloat16", bos_token_id="<|endoftext|>", eos_token_id="<|im_end|>")
 LLAVA = dict(projector_hidden_act="gelu", vision_feature_layer=-2,
              vision_feature_select_strategy="default", image_token_index="<image>",
              tie_word_embeddings=False)
@@ -81,6 +93,11 @@ SHAPES = {
         model_type="qwen2_5_vl", architectures=["Qwen2_5_VLForConditionalGeneration"],
         max_position_embeddings=128000, vocab_size=152064, tie_word_embeddings=False,
         rope_scaling=dict(type="mrope", mrope_section=[16, 24, 24]), vision_config=QWEN_VISION,
+        image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
+        vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>"),
+    "qwen3-vl-8b": dict(
+        model_type="qwen3_vl", architectures=["Qwen3VLForConditionalGeneration"],
+        tie_word_embeddings=False, vision_config=QWEN3_VISION, text_config=QWEN3,
         image_token_id="<|image_pad|>", video_token_id="<|video_pad|>",
         vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>"),
     "internvl3-8b": dict(
@@ -112,6 +129,8 @@ SMALL_VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3,
                     num_attention_heads=2)
 SMALL_QWEN_VISION = dict(hidden_size=32, intermediate_size=64, depth=3, num_heads=2,
                          fullatt_block_indexes=[1], out_hidden_size=64)
+SMALL_QWEN3_VISION = dict(hidden_size=32, intermediate_size=64, depth=3, num_heads=2,
+                          deepstack_visual_indexes=[0, 1], out_hidden_size=64)
 
 # ------------------------------------------------------------------------ the other settings
 
@@ -124,6 +143,9 @@ GENERATION = {
     "qwen2.5-vl-7b": dict(bos_token_id="<|endoftext|>", pad_token_id="<|endoftext|>",
                           do_sample=True, eos_token_id=["<|im_end|>", "<|endoftext|>"],
                           repetition_penalty=1.05, temperature=1e-6),
+    "qwen3-vl-8b": dict(bos_token_id="<|endoftext|>", pad_token_id="<|endoftext|>",
+                        do_sample=True, eos_token_id=["<|im_end|>", "<|endoftext|>"],
+                        repetition_penalty=1.0, temperature=.7, top_k=20, top_p=.8),
     "internvl3-8b": QWEN_ENDS,
     "llava-onevision-7b": QWEN_ENDS,
     "llava-next-video-7b": VICUNA_ENDS}
@@ -145,6 +167,10 @@ IMAGES = {
                                    temporal_patch_size=2, merge_size=2,
                                    image_processor_type="Qwen2VLImageProcessor",
                                    processor_class="Qwen2_5_VLProcessor"),
+    "qwen3-vl-8b": dict(size=dict(longest_edge=16777216, shortest_edge=65536), patch_size=16,
+                        temporal_patch_size=2, merge_size=2, image_mean=[.5] * 3,
+                        image_std=[.5] * 3, processor_class="Qwen3VLProcessor",
+                        image_processor_type="Qwen2VLImageProcessorFast"),
     "internvl3-8b": RESIZED | dict(image_mean=[.485, .456, .406], image_std=[.229, .224, .225],
                                    size=dict(height=448, width=448), crop_to_patches=False,
                                    min_patches=1, max_patches=12,
@@ -159,7 +185,7 @@ IMAGES = {
 
 PATCHES = dict(image_token="<image>", num_additional_image_tokens=1, patch_size=14,
                vision_feature_select_strategy="default")
-PROCESSORS = {                                             # Qwen2.5-VL has no such file
+PROCESSORS = {                                             # Qwen has no such file
     "llava-1.5-7b": PATCHES | dict(processor_class="LlavaProcessor"),
     "llava-next-vicuna-7b": PATCHES | dict(processor_class="LlavaNextProcessor"),
     "internvl3-8b": dict(image_seq_length=256, processor_class="InternVLProcessor"),
@@ -194,11 +220,12 @@ def vicuna_template(pictures: str) -> str:
 
 FIRST = "{# Render all images first #}"
 VICUNA_IMAGES = FIRST + each("image", "{{ '<image>\n' }}")
+QWEN_SYSTEM = ("{% if loop.first and message['role'] != 'system' %}"
+               "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}")
 QWEN_TEMPLATE = (
     "{% set image_count = namespace(value=0) %}{% set video_count = namespace(value=0) %}"
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
+    "{% for message in messages %}" + QWEN_SYSTEM
+    + "<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
     "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
     "{% set image_count.value = image_count.value + 1 %}"
@@ -210,6 +237,7 @@ QWEN_TEMPLATE = (
     "<|vision_start|><|video_pad|><|vision_end|>"
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+QWEN3_TEMPLATE = QWEN_TEMPLATE.replace(QWEN_SYSTEM, "")    # of the hub's, what is not about tools
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -230,6 +258,7 @@ TEMPLATES = {
     "llava-1.5-7b": vicuna_template(VICUNA_IMAGES),
     "llava-next-vicuna-7b": vicuna_template(VICUNA_IMAGES),
     "qwen2.5-vl-7b": QWEN_TEMPLATE,
+    "qwen3-vl-8b": QWEN3_TEMPLATE,
     "internvl3-8b": INTERNVL_TEMPLATE,
     "llava-onevision-7b": ONEVISION_TEMPLATE,
     "llava-next-video-7b": vicuna_template(
@@ -247,6 +276,7 @@ TOKENS = {
     "llava-next-vicuna-7b": VICUNA_TOKENS,
     # without names, as on the hub
     "qwen2.5-vl-7b": QWEN_TOKENS | dict(extra_special_tokens=CHAT + VISION),
+    "qwen3-vl-8b": QWEN_TOKENS | dict(extra_special_tokens=CHAT + VISION),
     "internvl3-8b": QWEN_TOKENS | dict(extra_special_tokens=dict(
         start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>",
         video_token="<video>")),
@@ -292,7 +322,9 @@ def hub_config(name: str, shrink: bool = False, layers: int = 0) -> dict:
     text, vision = values.get("text_config", values), values["vision_config"]
     if shrink:
         text.update(SMALL_TEXT)
-        vision.update(SMALL_QWEN_VISION if "depth" in vision else SMALL_VISION)
+        text.update({key: 16 for key in text if key == "head_dim"})
+        small = SMALL_QWEN_VISION if "depth" in vision else SMALL_VISION
+        vision.update(SMALL_QWEN3_VISION if "deepstack_visual_indexes" in vision else small)
         if "mrope_section" in text.get("rope_scaling", {}):
             text["rope_scaling"]["mrope_section"] = [2, 3, 3]
     if layers:

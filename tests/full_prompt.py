@@ -1,6 +1,7 @@
 """The reference of every family: the stock model on the full prompt, with tokens hidden."""
 
 import torch
+import torch.nn.functional as F
 from tiny_models import VIDEO
 
 TOLERANCE = dict(rtol=0, atol=1e-10)
@@ -14,6 +15,7 @@ ANSWERED = [
 GRIDS = {
     "llava": [(6, 6)] * 3,
     "qwen": [(3, 5), (4, 3), (3, 3)],
+    "qwen3": [(3, 5), (4, 3), (3, 3)],
     "llava_next": [(3 * 4, 4), (4 * 4, 4), (3 * 4, 4)],
     "internvl": [(3 * 3, 3), (3 * 3, 3), (3, 3)],
     "llava_next_video": [(2 * 3, 3)] * 3,
@@ -83,8 +85,12 @@ def stock_features(stock, batch):
         return torch.cat(rows)
 
 
+def has_mrope(stock):
+    return stock.config.model_type.startswith("qwen")
+
+
 def stock_positions(stock, batch):
-    if stock.config.model_type != "qwen2_5_vl":
+    if not has_mrope(stock):
         return (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     ids = batch["input_ids"]
     return stock.model.get_rope_index(
@@ -147,16 +153,34 @@ def full_embeds(stock, batch):
         )
 
 
-def hidden_logits(stock, embeds, positions, visible):
+def stock_logits(stock, batch, embeds, mask, positions):
+    """Logits of what full_embeds() made of a batch, and of more text behind it. No cache. Where
+    visual tokens enter at several layers, the stock language model adds all of them."""
+    how = dict(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    )
+    if not hasattr(stock.config.vision_config, "deepstack_visual_indexes"):
+        return stock(**how).logits
+    features = stock.model.get_image_features(batch["pixel_values"], batch["image_grid_thw"])
+    visual = batch["input_ids"] == token_id(stock)
+    states = stock.model.language_model(
+        **how,
+        visual_pos_masks=F.pad(visual, (0, embeds.shape[1] - visual.shape[1])),
+        deepstack_visual_embeds=[  # of each picture in later versions
+            x if isinstance(x, torch.Tensor) else torch.cat(x) for x in features.deepstack_features
+        ],
+    )
+    return stock.lm_head(states.last_hidden_state)
+
+
+def hidden_logits(stock, batch, embeds, positions, visible):
     """Logits of the full sequence, in which a 4-D mask hides what is not visible. No cache."""
     length = embeds.shape[1]
     mask = torch.ones(length, length, dtype=torch.bool).tril() & visible[:, None, None]
     mask = mask | torch.eye(length, dtype=torch.bool)  # a hidden token sees itself: no row of NaN
     mask = {"full_attention": mask} if stock.config.model_type == "qwen2_5_vl" else mask
     with torch.no_grad():
-        return stock(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-        ).logits
+        return stock_logits(stock, batch, embeds, mask, positions)
 
 
 def shown_units(vlm, batch):

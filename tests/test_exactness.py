@@ -12,6 +12,7 @@ from full_prompt import (
     TOLERANCE,
     every,
     full_embeds,
+    has_mrope,
     hidden_logits,
     stock_features,
     stock_inputs,
@@ -19,7 +20,7 @@ from full_prompt import (
     units_at,
     visible_tokens,
 )
-from tiny_models import VIDEO, llava
+from tiny_models import NATIVE, VIDEO, llava
 
 from common import IGNORE, FrozenVLM
 from stepprune import Config as StepConfig
@@ -34,7 +35,7 @@ def greedy_reference(vlm, stock, batch, keep, steps):
     embeds, positions = full_embeds(stock, batch), stock_positions(stock, batch)
     visible, tokens = visible_tokens(vlm, stock, batch, keep), []
     for _ in range(steps):
-        tokens.append(hidden_logits(stock, embeds, positions, visible)[:, -1:].argmax(-1))
+        tokens.append(hidden_logits(stock, batch, embeds, positions, visible)[:, -1:].argmax(-1))
         embeds = torch.cat([embeds, stock.get_input_embeddings()(tokens[-1])], 1)
         visible = torch.cat([visible, torch.ones_like(tokens[-1]).bool()], 1)
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
@@ -70,7 +71,7 @@ def test_projected_units_are_the_stock_features(vlm, stock, asked, family):
 def test_keeping_every_unit_changes_nothing(vlm, stock, asked):
     units, real = vlm.encode(asked), asked["attention_mask"].bool()
     inputs = stock_inputs(stock, asked)
-    if stock.config.model_type != "qwen2_5_vl":  # forward, unlike generate, would count the padding
+    if not has_mrope(stock):  # forward, unlike generate, would count the padding
         inputs["position_ids"] = stock_positions(stock, asked)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
@@ -88,7 +89,7 @@ def test_pruned_is_the_full_sequence_with_tokens_hidden(vlm, stock, answered, ke
     units, visible = vlm.encode(answered), visible_tokens(vlm, stock, answered, keep)
     prompt = vlm.prune(answered, units, keep)
     real, positions = prompt.mask.bool(), stock_positions(stock, answered)
-    expected = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    expected = hidden_logits(stock, answered, full_embeds(stock, answered), positions, visible)
     assert prompt.mask.sum(1).tolist() == visible.sum(1).tolist()
     assert (prompt.mask.diff(dim=1) >= 0).all()  # left padded
     newlines = {"llava_next": [1, 0, 0], "llava_onevision": [1, 0, 1]}.get(family, [0] * 3)
@@ -108,7 +109,7 @@ def test_what_stepprune_keeps_is_pruned_exactly(vlm, stock, answered):
     prompt = vlm.prune(answered, units, keep)
     visible, real = visible_tokens(vlm, stock, answered, keep), prompt.mask.bool()
     expected = hidden_logits(
-        stock, full_embeds(stock, answered), stock_positions(stock, answered), visible
+        stock, answered, full_embeds(stock, answered), stock_positions(stock, answered), visible
     )
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -193,7 +194,7 @@ def test_several_images_kept_whole_are_the_stock_model(vlm, stock, album, family
     assert [(album["input_ids"][row] == vlm.image_id).sum().item() for row in range(3)] == [
         len(x) for x in units_at(vlm, stock, album)
     ]
-    if stock.config.model_type != "qwen2_5_vl":
+    if not has_mrope(stock):
         inputs["position_ids"] = stock_positions(stock, album)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
@@ -225,7 +226,7 @@ def test_several_images_pruned_are_hidden_tokens(vlm, stock, album):
     keep = [first[[0, 2, -4, -1]], second[:0], third[-3:]]
     visible, prompt = visible_tokens(vlm, stock, album, keep), vlm.prune(album, units, keep)
     real, positions = prompt.mask.bool(), stock_positions(stock, album)
-    expected = hidden_logits(stock, full_embeds(stock, album), positions, visible)
+    expected = hidden_logits(stock, album, full_embeds(stock, album), positions, visible)
     torch.testing.assert_close(prompt.pos[..., real], positions[..., visible])
     with torch.no_grad():
         torch.testing.assert_close(vlm.logits(prompt)[real], expected[visible], **TOLERANCE)
@@ -246,7 +247,7 @@ def test_images_of_one_row_know_nothing_of_each_other_in_the_encoder(vlm, images
     assert (shared.grid, shared.views, shared.shapes) == (fresh.grid, fresh.views, fresh.shapes)
     assert shared.apart().grid == fresh.apart().grid
     torch.testing.assert_close(shared.feats, fresh.feats, **TOLERANCE)
-    if family == "qwen":
+    if family in NATIVE:
         assert units.grid == [(15 + 12, 1), (3, 3), (9 + 15, 1)] and units.views == [2, 1, 2]
         assert units.apart().grid == [(3, 5), (4, 3), (3, 3), (3, 3), (3, 5)]
 
@@ -254,7 +255,7 @@ def test_images_of_one_row_know_nothing_of_each_other_in_the_encoder(vlm, images
 def test_loss_is_the_masked_reference(vlm, stock, answered, keep):
     visible = visible_tokens(vlm, stock, answered, keep)
     labels, positions = answered["labels"], stock_positions(stock, answered)
-    logits = hidden_logits(stock, full_embeds(stock, answered), positions, visible)
+    logits = hidden_logits(stock, answered, full_embeds(stock, answered), positions, visible)
     rows = []
     for row in range(len(keep)):
         # the token to the left predicts; in the full sequence that is a text token here, never a

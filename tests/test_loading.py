@@ -4,7 +4,16 @@ import pytest
 import torch
 from full_prompt import TOLERANCE, rows_for, stock_features
 from PIL import Image
-from tiny_models import CLIP, MODELS, internvl, llava, llava_next, llava_next_video, llava_onevision
+from tiny_models import (
+    CLIP,
+    MODELS,
+    NATIVE,
+    internvl,
+    llava,
+    llava_next,
+    llava_next_video,
+    llava_onevision,
+)
 from transformers import AutoModelForImageTextToText
 
 from common import FrozenVLM
@@ -13,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1, 3])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "qwen"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in NATIVE])
 def test_any_feature_layer_will_do(name, layer, tmp_path, images):
     path = MODELS[name](tmp_path, vision_feature_layer=layer)
     vlm = FrozenVLM.from_pretrained(path, dtype=torch.float64)

@@ -152,6 +152,7 @@ def test_sizes_that_nobody_gives_are_those_of_llava(name):
     """336 pixels in patches of 14, CLIP's width, the width of Vicuna."""
     config = runs.load_method(name).Config
     vlm = SimpleNamespace(width=1024, dim=4096, unit_side=14,
+                          adapter=SimpleNamespace(unlike_patches=0),
                           fingerprint=lambda: {"vision_side": 24})
     assert dataclasses.asdict(config.of(vlm)) == dataclasses.asdict(config())
 

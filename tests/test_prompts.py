@@ -26,8 +26,8 @@ def test_units_describe_the_images(vlm, asked, family):
         == SHOWN.get(family, units.counts)
     )
     assert units.image_of.tolist() == [row for row, n in enumerate(units.counts) for _ in range(n)]
-    patches = [4] if family in ("qwen", "internvl", "llava_onevision") else []
-    assert units.feats.shape == (sum(units.counts), *patches, vlm.width)
+    patches = {"qwen": [4], "qwen3": [4 * 3], "internvl": [4], "llava_onevision": [4]}
+    assert units.feats.shape == (sum(units.counts), *patches.get(family, []), vlm.width)
     assert not units.feats.requires_grad and vlm.embed(asked, units).embeds.shape[-1] == vlm.dim
 
 
@@ -248,7 +248,7 @@ def test_batch_refuses_what_is_no_picture_or_places_it_twice(vlm):
 
 def test_units_must_be_of_the_batch(vlm, pictures, asked):
     units = vlm.encode(asked)
-    with pytest.raises(ValueError, match="expected that of units.feats"):
+    with pytest.raises(ValueError, match="that of the kept units' own"):
         vlm.embed(asked, units, units.feats[:-1])
     with pytest.raises(ValueError, match="encode"):
         vlm.embed(vlm.batch(pictures[:1], [[("how many ?", None)]]), units)

@@ -35,6 +35,7 @@ TOKENS = {"llava-1.5-7b": dict(small=576, photo=576, wide=576),
           "llava-next-vicuna-7b": dict(small=576 + 24 * 25, photo=576 + 24 * 33,
                                        wide=576 + 24 * 49),
           "qwen2.5-vl-7b": dict(small=2 * 2, photo=14 * 11, wide=14 * 7),
+          "qwen3-vl-8b": dict(small=8 * 8, photo=12 * 9, wide=12 * 6),
           "internvl3-8b": dict(small=256, photo=13 * 256, wide=3 * 256),
           "llava-onevision-7b": dict(small=197, photo=197, wide=197),
           "llava-next-video-7b": dict(small=144, photo=144, wide=144)}
@@ -59,6 +60,13 @@ WRITTEN = {
         "<|im_start|>user\nWhere is it?<|im_end|>\n"
         "<|im_start|>assistant\nOn the left.<|im_end|>\n",
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
+        "<|im_start|>assistant\n"),
+    "qwen3-vl-8b": (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nWhere is it?<|im_end|>\n"
+        "<|im_start|>assistant\nOn the left.<|im_end|>\n",
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
         "<|im_start|>assistant\n"),
     "internvl3-8b": (
@@ -103,6 +111,13 @@ READ = {
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
         "<|im_start|>assistant\nA dog.<|im_end|>\n",
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA dog.<|im_end|>\n"
+        "<|im_start|>user\nWhere is it?<|im_end|>\n"
+        "<|im_start|>assistant\nOn the left.<|im_end|>\n"),
+    ("qwen3-vl-8b", "stock"): (
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
+        "<|im_start|>assistant\nA dog.<|im_end|>\n",
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is this?<|im_end|>\n"
         "<|im_start|>assistant\nA dog.<|im_end|>\n"
         "<|im_start|>user\nWhere is it?<|im_end|>\n"

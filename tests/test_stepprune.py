@@ -661,7 +661,8 @@ def test_what_trains_on_a_tiny_and_on_a_large_encoder():
 
 
 def test_the_sizes_are_the_vlms():
-    cfg = sp.Config.of(SimpleNamespace(width=12, dim=34), gamma=0.5, heads=2)
+    vlm = SimpleNamespace(width=12, dim=34, adapter=SimpleNamespace(unlike_patches=0))
+    cfg = sp.Config.of(vlm, gamma=0.5, heads=2)
     assert (cfg.width, cfg.text_width, cfg.gamma) == (12, 34, 0.5)
 
 

@@ -33,6 +33,10 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 from backbones import ImageOnlyProcessor
@@ -210,6 +214,54 @@ def qwen(folder, seed: int = 0, tokens: str = "words") -> str:
     return _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder, seed)
 
 
+def qwen3(folder, seed: int = 0, tokens: str = "words", experts: int = 0, **vision) -> str:
+    """Native resolution, 4-pixel patches in 2x2 units of width (4 * 3, 16): after the last of four
+    blocks, the first and the third. experts: of a mixture, two for each token. Keywords override
+    the vision config."""
+    tokenizer = _tokenizer(QWEN_MARKS, "<|im_end|>", tokens)
+    vision = dict(
+        depth=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_heads=2,
+        patch_size=4,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[0, 2],
+        out_hidden_size=32,
+    ) | vision
+    text = dict(
+        TEXT,
+        head_dim=8,
+        vocab_size=len(tokenizer),
+        eos_token_id=tokenizer.eos_token_id,
+        rope_parameters=dict(
+            rope_type="default", rope_theta=1e4, mrope_section=[2, 1, 1], mrope_interleaved=True
+        ),
+    )
+    config_class, model_class = Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    if experts:
+        config_class, model_class = Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+        text |= dict(num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=16)
+    config = config_class(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.vision_bos_token_id,
+        vision_end_token_id=tokenizer.vision_eos_token_id,
+    )
+    images = Qwen2VLImageProcessor(
+        patch_size=4,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 8 * 8, "longest_edge": 80 * 80},
+    )
+    processor = ImageOnlyQwenProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    return _save(model_class(config), processor, folder, seed)
+
+
 def llava_next(folder, seed: int = 3, tokens: str = "words", **config) -> str:
     """Whole picture and 2 or 3 crops of 16 pixels, 4x4 units each; Mistral's decoder. Keywords
     override the config."""
@@ -349,9 +401,11 @@ def llava_onevision(folder, seed: int = 2, tokens: str = "words", **config) -> s
 MODELS = {
     "llava": llava,
     "qwen": qwen,
+    "qwen3": qwen3,
     "llava_next": llava_next,
     "internvl": internvl,
     "llava_next_video": llava_next_video,
     "llava_onevision": llava_onevision,
 }
 VIDEO = ("llava_next_video", "llava_onevision")  # a row of these is a list of frames
+NATIVE = ("qwen", "qwen3")  # pictures of any shape, positions along three axes

@@ -7,13 +7,14 @@ from full_prompt import (
     TOLERANCE,
     every,
     full_embeds,
+    has_mrope,
     hidden_logits,
     rows_for,
     stock_inputs,
     stock_positions,
 )
 from PIL import Image
-from tiny_models import VIDEO
+from tiny_models import NATIVE, VIDEO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +31,7 @@ def check(vlm, stock, pictures):
     batch = vlm.batch(rows_for(stock.config.model_type, pictures), [ASKED] * len(pictures))
     units, real = vlm.encode(batch), batch["attention_mask"].bool()
     inputs = stock_inputs(stock, batch)
-    if stock.config.model_type != "qwen2_5_vl":
+    if not has_mrope(stock):
         inputs["position_ids"] = stock_positions(stock, batch)
     with torch.no_grad():
         expected = stock(**inputs, use_cache=False).logits
@@ -80,7 +81,7 @@ def test_of_a_thin_picture_the_newlines_stay_with_what_is_kept_of_it(vlm, stock,
                 assert (own[-newlines[row]:] < 0).all()
         visible[batch["input_ids"] == vlm.image_id] = shown
         positions = stock_positions(stock, batch)
-        expected = hidden_logits(stock, full_embeds(stock, batch), positions, visible)
+        expected = hidden_logits(stock, batch, full_embeds(stock, batch), positions, visible)
         with torch.no_grad():
             torch.testing.assert_close(vlm.logits(prompt)[prompt.mask.bool()], expected[visible],
                                        **TOLERANCE)
@@ -89,7 +90,7 @@ def test_of_a_thin_picture_the_newlines_stay_with_what_is_kept_of_it(vlm, stock,
 def test_what_is_too_oblong_for_a_processor_is_refused_in_one_line(vlm, family):
     for size in ((1, 201), (402, 2)):
         rows = rows_for(vlm.family, [noise(*size)])
-        if family == "qwen":
+        if family in NATIVE:
             with pytest.raises(ValueError, match="aspect ratio must be smaller than 200, got 201"):
                 vlm.batch(rows, [ASKED])
         else:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from full_prompt import QUESTIONS
 from PIL import Image
-from tiny_models import MODELS
+from tiny_models import MODELS, NATIVE
 from transformers import AutoModelForImageTextToText
 
 from baselines.encoder import deepest, encode
@@ -64,6 +64,8 @@ def views_of(batch):
 def to_units(x, family, stock, batch):
     """(T, n, d) of the encoder's tokens, or (n, d) of Qwen's, -> (M, d), worked out again from what
     a unit is."""
+    if family == "qwen3":
+        return x.view(-1, 4, x.shape[-1]).mean(1)
     if family == "qwen":
         found = stock.visual(batch["pixel_values"], grid_thw=batch["image_grid_thw"])
         # in window order; pooler_output is in raster
@@ -95,11 +97,11 @@ def test_what_is_read_is_the_eager_attention(vlm, asked, eager, family):
             rows |= {"cls": [w.double().mean(1)[:, 0] for _, _, w in calls[layer]],
                      "cls wide": [w[:, 0] for w in wide]}
         expected = {what: torch.cat(found, -1)[..., None] for what, found in rows.items()}
-        keys = raw[layer] if family != "qwen" else raw[layer].chunk(3, -1)[1][None]
+        keys = raw[layer] if family not in NATIVE else raw[layer].chunk(3, -1)[1][None]
         expected |= {"keys": keys.unflatten(-1, (2, 8)).mean(-2), "keys wide": keys}
         found = encode(vlm, asked, {what: (what, layer) for what in expected}).readings
         for what, value in expected.items():
-            value = value[0] if family == "qwen" else value
+            value = value[0] if family in NATIVE else value
             value = to_units(value, family, stock, asked).squeeze(-1)
             torch.testing.assert_close(found[what].double(), value, rtol=0, atol=2e-6,
                                        msg=f"{what} of {layer}")

@@ -6,8 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from full_prompt import QUESTIONS, full_embeds, stock_inputs, stock_positions, token_id
-from tiny_models import llava_next
+from full_prompt import (
+    QUESTIONS,
+    full_embeds,
+    stock_inputs,
+    stock_logits,
+    stock_positions,
+    token_id,
+)
+from tiny_models import NATIVE, TEXT, internvl, llava_next
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from baselines.inside import Shown, check_layers, generate_inside, logits_inside, visual_states
 from common import IGNORE, FrozenVLM, Prompt
@@ -51,7 +59,7 @@ def visible_by_layer(stock, batch, stages):
     return out
 
 
-def masked(stock, embeds, positions, visible):
+def masked(stock, batch, embeds, positions, visible):
     """Logits of the full sequence and the input of every layer, each under its own 4-D mask. No
     cache."""
     length, states = embeds.shape[1], []
@@ -68,8 +76,7 @@ def masked(stock, embeds, positions, visible):
     hooks = [layer.register_forward_pre_hook(see_less(i), with_kwargs=True)
              for i, layer in enumerate(layers)]
     with torch.no_grad():
-        logits = stock(inputs_embeds=embeds, attention_mask=visible[0].long(),
-                       position_ids=positions, use_cache=False).logits
+        logits = stock_logits(stock, batch, embeds, visible[0].long(), positions)
     for hook in hooks:
         hook.remove()
     return logits, states
@@ -79,7 +86,7 @@ def masked_greedy(stock, batch, visible, steps):
     """Logits (B, steps, V) and their maxima (B, steps), every step from scratch."""
     embeds, positions, logits = full_embeds(stock, batch), stock_positions(stock, batch), []
     for _ in range(steps):
-        logits.append(masked(stock, embeds, positions, visible)[0][:, -1:])
+        logits.append(masked(stock, batch, embeds, positions, visible)[0][:, -1:])
         embeds = torch.cat([embeds, stock.get_input_embeddings()(logits[-1].argmax(-1))], 1)
         visible = [torch.cat([now, torch.ones_like(now[:, :1])], 1) for now in visible]
         positions = torch.cat([positions, positions[..., -1:] + 1], -1)
@@ -113,7 +120,7 @@ def test_without_pruning_it_is_the_stock_model(vlm, stock, asked, prompt, stages
 @pytest.mark.parametrize("stages", STAGES)
 def test_pruned_within_is_hidden_from_that_layer_on(vlm, stock, asked, prompt, stages):
     visible, positions = visible_by_layer(stock, asked, stages), stock_positions(stock, asked)
-    expected, _ = masked(stock, full_embeds(stock, asked), positions, visible)
+    expected, _ = masked(stock, asked, full_embeds(stock, asked), positions, visible)
     with torch.no_grad():
         logits, left = logits_inside(vlm, prompt, fixed(stages))
     real = left.mask.bool()
@@ -142,7 +149,7 @@ def test_a_rule_sees_the_states_of_what_earlier_rules_left(vlm, stock, asked, pr
 
     rules = {layer: spy(layer, rule) for layer, rule in fixed(stages).items()}
     generate_inside(vlm, prompt, rules, 3)
-    _, states = masked(stock, full_embeds(stock, asked), stock_positions(stock, asked),
+    _, states = masked(stock, asked, full_embeds(stock, asked), stock_positions(stock, asked),
                        visible_by_layer(stock, asked, stages))
     slots = [(row == vlm.image_id).nonzero().flatten() for row in asked["input_ids"]]
     for layer, left in ((1, slots), (2, [row[keep] for row, keep in zip(slots, FIRST)])):
@@ -188,10 +195,15 @@ def test_labels_stay_with_their_tokens(vlm, pictures):
     assert torch.equal(left.labels[:, -4:], prompt.labels[:, -4:])
 
 
-def test_visual_states_are_the_stock_hidden_states(vlm, stock, asked, prompt):
+def test_visual_states_are_what_enters_the_stock_layers(vlm, stock, asked, prompt):
+    inputs = stock_inputs(stock, asked) | dict(position_ids=stock_positions(stock, asked))
+    expected = []
+    hooks = [block.register_forward_pre_hook(lambda _, args: expected.append(args[0]))
+             for block in stock.model.language_model.layers]
     with torch.no_grad():
-        inputs = stock_inputs(stock, asked) | dict(position_ids=stock_positions(stock, asked))
-        expected = stock(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+        stock(**inputs, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     ran, states = [], []
     hooks = [block.register_forward_hook(lambda *_, i=i: ran.append(i))
              for i, block in enumerate(vlm.lm.layers)]
@@ -203,6 +215,33 @@ def test_visual_states_are_the_stock_hidden_states(vlm, stock, asked, prompt):
         hook.remove()
     assert ran == [0, 0, 1]  # no layer, the first, the first two
     assert min((states[1] - states[i]).abs().max() for i in (0, 2)) > 0.1
+
+
+def test_internvl_35_is_internvl_with_another_decoder(tmp_path, images):
+    """Qwen3's, which normalises queries and keys: exact before the language model and inside."""
+    old = AutoConfig.from_pretrained(internvl(tmp_path / "3")).text_config
+    text = dict(TEXT, model_type="qwen3", head_dim=8, vocab_size=old.vocab_size,
+                eos_token_id=old.eos_token_id)
+    path = internvl(tmp_path / "3.5", text_config=text)
+    vlm = FrozenVLM.from_pretrained(path, torch.float64)
+    stock = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
+    batch = vlm.batch(images, TURNS)
+    units, positions = vlm.encode(batch), stock_positions(stock, batch)
+    real, embeds = batch["attention_mask"].bool(), full_embeds(stock, batch)
+    keep = [torch.tensor(row) for row in FIRST]
+    before = vlm.prune(batch, units, keep)
+    with torch.no_grad():
+        expected = stock(**stock_inputs(stock, batch), position_ids=positions,
+                         use_cache=False).logits
+        torch.testing.assert_close(vlm.logits(vlm.embed(batch, units))[real], expected[real],
+                                   **EXACT)
+        for stages, found in (({0: FIRST}, (vlm.logits(before), before)),
+                              ({1: FIRST}, logits_inside(vlm, vlm.embed(batch, units),
+                                                         fixed({1: FIRST})))):
+            visible = visible_by_layer(stock, batch, stages)
+            expected, _ = masked(stock, batch, embeds, positions, visible)
+            logits, left = found
+            torch.testing.assert_close(logits[left.mask.bool()], expected[visible[-1]], **CLOSE)
 
 
 # ---------------------------------------------------------------------- units among them
@@ -244,7 +283,7 @@ def test_a_newline_stays_while_a_unit_of_its_line_does(vlm, asked, prompt, seed)
 
 def test_where_a_prompt_alone_tells_it_says_the_same(vlm, family, asked, prompt):
     plain = Shown.plain(vlm, prompt)
-    assert (plain is not None) == (family in ("llava", "qwen"))
+    assert (plain is not None) == (family in ("llava", *NATIVE))
     if plain:
         shown = Shown.of(vlm, asked, vlm.encode(asked))
         for a, b in zip(plain.unit + plain.line, shown.unit + shown.line):
@@ -280,12 +319,13 @@ def test_a_selector_of_units_sees_in_evaluation_what_it_saw_in_training(
     assert len(net.read(vlm, Batch(batch, batch, [0, 1, 2])).grid) == len(crops)
 
     visible = visible_by_layer(stock, batch, {2: [index.tolist() for index in seen[0]]})
-    hidden, _ = masked(stock, full_embeds(stock, batch), stock_positions(stock, batch), visible)
+    hidden, _ = masked(stock, batch, full_embeds(stock, batch), stock_positions(stock, batch),
+                       visible)
     torch.testing.assert_close(logits[left.mask.bool()], hidden[visible[-1]], **CLOSE)
     # more units than there are: all stay, and all newlines
     _, left = logits_inside(vlm, prompt, net.ways([], [999], None)[""].stages(999, []), shown=shown)
     assert torch.equal(left.mask, prompt.mask)
-    if family not in ("llava", "qwen"):
+    if family not in ("llava", *NATIVE):
         with pytest.raises(ValueError, match="newlines or crops: expected shown=Shown.of"):
             logits_inside(vlm, prompt, rules)
 
@@ -336,7 +376,8 @@ def test_eager_attention_and_checkpointing_change_nothing(vlm, path, prompt):
     expected, words = logits_inside(vlm, prompt, stages)[0], generate_inside(vlm, prompt, stages, 6)
     # in float64, the stock eager attention turns padding into NaN: its softmax is in float32
     eager = FrozenVLM.from_pretrained(path, dtype=torch.float32, attn="eager")
-    single = replace(prompt, embeds=prompt.embeds.float())
+    later = tuple(x.float() for x in prompt.later)
+    single = replace(prompt, embeds=prompt.embeds.float(), later=later)
     found, left = logits_inside(eager, single, stages)
     real = left.mask.bool()
     torch.testing.assert_close(found[real].double(), expected[real], rtol=0, atol=1e-4)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from full_prompt import QUESTIONS, full_embeds, stock_positions, token_id
+from full_prompt import QUESTIONS, full_embeds, stock_logits, stock_positions, token_id
 from tiny_models import MODELS
 from transformers import AutoModelForImageTextToText
 
@@ -25,8 +25,9 @@ from baselines.inside import (
     whole_rotary,
 )
 from benchmarks import answering, tiny_world
+from benchmarks.answering import rows_of
 from benchmarks.costs import token_budget
-from common import FrozenVLM, Prompt
+from common import FrozenVLM
 
 EXACT = dict(rtol=0, atol=1e-10)
 CLOSE = dict(rtol=0, atol=1e-9)
@@ -119,8 +120,7 @@ def full_sequence(stock, batch, plans, steps):
     with torch.no_grad():
         for _ in range(steps + 1):
             every = torch.ones_like(embeds[..., 0]).long()
-            logits = stock(inputs_embeds=embeds, attention_mask=every, position_ids=plans[0][3],
-                           use_cache=False).logits
+            logits = stock_logits(stock, batch, embeds, every, plans[0][3])
             answers.append(logits[:, -1:])
             embeds = torch.cat([embeds, stock.get_input_embeddings()(answers[-1].argmax(-1))], 1)
             plans = [(F.pad(sees, (0, 1), value=True), writes, F.pad(size, (0, 1)),
@@ -177,8 +177,7 @@ def test_all_of_them_is_the_stock_model(vlm, prompt, name):
     row = prompt.only(prompt.mask.bool())
     least = min(visual(prompt))
     b = visual(prompt).index(least)
-    row = replace(row, embeds=row.embeds[b:b + 1], mask=row.mask[b:b + 1],
-                  pos=row.pos[..., b:b + 1, :], is_visual=row.is_visual[b:b + 1], labels=None)
+    row = rows_of(row, [b])
     logits, left = logits_inside(vlm, row, METHODS[name](least, least))
     real = row.mask.bool()
     torch.testing.assert_close(logits[left.mask.bool()], vlm.logits(row)[real], **EXACT)
@@ -200,8 +199,7 @@ def test_exactly_k_distinct_and_the_same_again(vlm, prompt, name):
 def test_sizes_are_tokens_repeated(vlm, prompt):
     """In the last layer nothing is behind a merged token but the text: there, size 3 is three times
     the token."""
-    row = Prompt(prompt.embeds[:1], prompt.mask[:1], prompt.pos[..., :1, :], None,
-                 prompt.is_visual[:1]).only(prompt.mask[:1].bool())
+    row = rows_of(prompt, [0])
     n, depth = visual(row)[0], len(vlm.lm.layers) - 1
     size = torch.arange(n) % 3 + 1
     sizes = {"log_size": [size.double().log()]}
@@ -221,7 +219,8 @@ def test_sizes_are_tokens_repeated(vlm, prompt):
 
 def test_eager_attention_changes_nothing(vlm, path, prompt):
     eager = FrozenVLM.from_pretrained(path, dtype=torch.float32, attn="eager")
-    single = replace(prompt, embeds=prompt.embeds.float())
+    later = tuple(x.float() for x in prompt.later)
+    single = replace(prompt, embeds=prompt.embeds.float(), later=later)
     for name in ("pact", "sparsevlm"):
         expected, left = logits_inside(vlm, prompt, METHODS[name](5, visual(prompt)))
         found, same = logits_inside(eager, single, METHODS[name](5, visual(prompt)))
@@ -240,9 +239,12 @@ def attended(path, stock, monkeypatch):
                                                         attn_implementation="eager")
     seen, q_and_k = [], []
 
-    def eager(module, q, k, v, mask, scaling, **kwargs):
+    def eager(module, q, k, v, attention_mask, scaling, **kwargs):
         groups = q.shape[1] // k.shape[1]
-        weights = (q @ k.repeat_interleave(groups, 1).mT * scaling + mask).softmax(-1)
+        logits = q @ k.repeat_interleave(groups, 1).mT * scaling
+        if attention_mask is None:                     # a vision encoder of the same file
+            return (logits.softmax(-1) @ v).transpose(1, 2), None
+        weights = (logits + attention_mask).softmax(-1)
         seen.append(weights)
         q_and_k.append((q.transpose(1, 2), k.transpose(1, 2)))
         return (weights @ v.repeat_interleave(groups, 1)).transpose(1, 2).contiguous(), weights
@@ -251,8 +253,8 @@ def attended(path, stock, monkeypatch):
 
     def run(batch):
         with torch.no_grad():
-            model(inputs_embeds=full_embeds(stock, batch), attention_mask=batch["attention_mask"],
-                  position_ids=stock_positions(stock, batch), use_cache=False)
+            stock_logits(model, batch, full_embeds(stock, batch), batch["attention_mask"],
+                         stock_positions(stock, batch))
         return seen, q_and_k
     return run
 

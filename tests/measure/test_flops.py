@@ -78,7 +78,18 @@ def test_counting_leaves_products_out_and_the_selection_whole(small):
         assert not (torch.ones(2, 3, 4) @ torch.ones(2, 4, 5)).any()
 
 
-@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b"])
+def test_each_merger_of_qwen3_is_counted_by_hand(one_thread):
+    """A last one and three of deepstack, of blocks of four patches; the encoder without them."""
+    model = blank_model(shapes.config("qwen3-vl-8b")).eval()
+    encoder, project = flops.qwen_stages(model, 8, 12)
+    block, n = 4 * 1152, 8 * 12
+    assert project(24) == 4 * 24 * 2 * (block**2 + block * 4096)
+    a_block = n * 2 * (4 * 1152**2 + 2 * 1152 * 4304) + 4 * n**2 * 1152
+    patches = n * 2 * 3 * 2 * 16**2 * 1152
+    assert encoder == pytest.approx(27 * a_block + patches, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
 def test_the_flops_table_of_a_small_model(name, one_thread):
     vlm = shapes.load(name, shrink=True, device="meta")
     is_llava = name.startswith("llava")

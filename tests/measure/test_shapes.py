@@ -18,13 +18,15 @@ from measure import shapes
 
 # parameters of the published checkpoints, in G, and units of one 700x500 picture
 REAL = {"llava-1.5-7b": (7.063, 576), "llava-next-vicuna-7b": (7.063, 2208),
-        "qwen2.5-vl-7b": (8.292, 450), "internvl3-8b": (7.944, 13 * 256),
+        "qwen2.5-vl-7b": (8.292, 450), "qwen3-vl-8b": (8.767, 22 * 16),
+        "internvl3-8b": (7.944, 13 * 256),
         "llava-onevision-7b": (8.031, 196), "llava-next-video-7b": (7.063, 144)}
 # bytes of files as the hub lists them; some lack the line break at the end
 LISTED = {
     "llava-1.5-7b": {"chat_template.json": 700, "preprocessor_config.json": 505},
     "llava-next-vicuna-7b": {"chat_template.json": 700, "preprocessor_config.json": 772},
     "qwen2.5-vl-7b": {"preprocessor_config.json": 350},
+    "qwen3-vl-8b": {},
     "internvl3-8b": {"chat_template.jinja": 481, "processor_config.json": 72},
     "llava-onevision-7b": {"chat_template.json": 826, "processor_config.json": 178},
     "llava-next-video-7b": {"chat_template.json": 838, "preprocessor_config.json": 741,
@@ -85,9 +87,10 @@ def test_files_are_as_long_as_the_hub_lists_them(name, folder):
 
 
 def test_the_ends_of_an_answer_are_those_of_the_hub(name, small, tmp_path):
-    """Qwen2.5-VL alone names two; the ids are the small tokenizer's."""
+    """Qwen-VL alone names two; the ids are the small tokenizer's."""
     saved = json.loads(Path(shapes.write(name, tmp_path), "generation_config.json").read_text())
-    ends = {"qwen2.5-vl-7b": ["<|im_end|>", "<|endoftext|>"], "internvl3-8b": "<|im_end|>",
+    two = ["<|im_end|>", "<|endoftext|>"]
+    ends = {"qwen2.5-vl-7b": two, "qwen3-vl-8b": two, "internvl3-8b": "<|im_end|>",
             "llava-onevision-7b": "<|im_end|>"}.get(name, "</s>")
     assert small.tokenizer.convert_ids_to_tokens(saved["eos_token_id"]) == ends
     assert small.tokenizer.eos_token in ends
