@@ -48,6 +48,15 @@ def test_a_fingerprint_leaves_the_code_as_it_is():
     assert all(len(runs.code_of(name)) == 12 for name in METHODS)
 
 
+def test_a_fingerprint_is_of_code_not_of_words():
+    def function(doc: str, body: str) -> str:
+        return f'"""A file."""\n\n\ndef twice(x):\n    """{doc}"""\n    {body}\n'
+    plain = runs.code_alone(function("Two x.", "return f'#{x}' * 2"))
+    assert plain == "def twice(x):\n    return f'#{x}' * 2"
+    assert runs.code_alone(function("2 x,\n\n    in words.", "return f'#{x}' * 2  # two")) == plain
+    assert runs.code_alone(function("Two x.", "return f'#{x}' * 3")) != plain
+
+
 # ---- what there is to do
 
 SHORT = "--method autoselect --steps 6 --batch 2 --layers 1 --save_every 3"
