@@ -24,7 +24,7 @@ class Options:
     file: str | None = HfArg(default=None, help="file of the exercises; without it: "
                                                 "coursework/METHOD.py")
     overwrite: bool = HfArg(default=False, help="write anew what is there")
-    limit: int = HfArg(default=60, help="seconds until a test that does not end is given up")
+    limit: int = HfArg(default=120, help="seconds until a test that does not end is given up")
 
     def __post_init__(self):
         runs.check_options(self, limit=1)

@@ -199,6 +199,16 @@ return self.head(self.norm(v)).squeeze(-1)
         "FAIL Eq. (5) vp_gate: Python ended with exit code 3"]
 
 
+@pytest.mark.slow
+def test_what_is_wrong_beside_the_equations_shows_in_the_whole(tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    text = (ROOT / "autoselect.py").read_text()
+    file.write_text(text.replace('ways[" gated"] = Way(gate=self._gate)', "pass"))
+    with pytest.raises(RuntimeError, match="each .* passes, the file .*: test_the_gated_way_is"):
+        main(["check", "autoselect", "--file", str(file)])
+    assert {line[:4] for line in verdicts(capsys.readouterr().out).values()} == {"PASS"}
+
+
 @pytest.mark.parametrize("words, says", [
     (["autoselect", "--only", "softmax"], "only=.'softmax'.: expected of hard_topk, Scorer, zs"),
     (["check", "autoselect", "--only", "softmax"], "only=.'softmax'.: expected of hard_topk"),
