@@ -144,6 +144,7 @@ def test_what_is_open_fails_and_is_all_that_is_taken_out(method, tmp_path, capsy
     there, here = (ROOT / f"{method}.py").read_text(), file.read_text()
     kept = [line for line in here.splitlines() if not OPEN.match(line)]
     assert {*kept} <= {*there.splitlines()} and here.count('"""') == there.count('"""')
+    assert not re.search(r"^ +#.*\n+ +raise NotImplementedError", here, re.M)
     assert len(OPEN.findall(here)) == sum(len(equation.functions) for equation in every)
 
 
