@@ -35,23 +35,27 @@ RUNS = Path("runs/claims")
 RESULTS = Path("results/claims")
 VLMS = ("llava", "qwen2_5_vl")            # in tiny/
 BUDGETS = (72, 48, 32, 16, 8, 4)
+FEWER = (48, 32, 16, 8)                   # of settings that differ from another one by an option
 RIVALS = ("random", "downsample", "cls_attention", "cdpruner_words", "divprune", "visionzip",
           "holov", "fastv")
-# what is asked: {behind the names: options of evaluate.py, table}; a table has its own questions
-ASKED = {"": ("--sample 2000", "{vlm}"),
-         " reindexed": ("--sample 2000 --positions reindex", "{vlm}"),
-         " crowded": ("--sample 1000 --options tiny_world.split=crowded", "{vlm}_crowded")}
-TABLES = tuple(dict.fromkeys(table.format(vlm=vlm) for vlm in VLMS for _, table in ASKED.values()))
+# what is asked: {behind the names: options of evaluate.py, K of a setting's that are left out,
+# table}; a table has its own questions
+ASKED = {"": ("--sample 1000", (), "{vlm}"),
+         " reindexed": ("--sample 1000 --positions reindex", (48, 4), "{vlm}"),
+         " crowded": ("--sample 1000 --options tiny_world.split=crowded", (48, 4), "{vlm}_crowded")}
+TABLES = tuple(dict.fromkeys(table.format(vlm=vlm) for vlm in VLMS for *_, table in ASKED.values()))
 FIRST = 5                                 # steps whose losses tell whether two codes train alike
 
 
 @dataclass
 class Setting:
     """train: options of train.py | seeds: {vlm: how many} | ways: further ones that are evaluated
-    | asked: of ASKED | measures: functions of (vlm, selector) -> {what: number}"""
+    | budgets: K of all | asked: of ASKED | measures: functions of (vlm, selector) -> {what: number}
+    """
     train: str
     seeds: dict = field(default_factory=lambda: {"llava": 3})
     ways: str = ""
+    budgets: tuple = BUDGETS
     asked: tuple = ("",)
     measures: tuple[Callable, ...] = ()
 
@@ -222,16 +226,17 @@ def evaluate(done: list[Job]) -> None:
     tables = {}
     for vlm in dict.fromkeys(job.vlm for job in done):
         mine = [job for job in done if job.vlm == vlm]
-        for suffix, (options, table) in ASKED.items():
+        for suffix, (options, left_out, table) in ASKED.items():
             rivals = RIVALS
-            for ways in dict.fromkeys(job.setting.ways for job in mine):
-                asked = [job for job in mine if job.setting.ways == ways
-                         and suffix in job.setting.asked]
-                if not asked:
-                    continue
-                out = RUNS / vlm / "_".join(["answers", *suffix.split(), *ways.split()])
+            alike = {}                                     # runs that one command evaluates
+            for job in mine:
+                if suffix in job.setting.asked:
+                    alike.setdefault((job.setting.budgets, job.setting.ways), []).append(job)
+            for (budgets, ways), asked in alike.items():
+                budgets = [str(k) for k in budgets if k not in left_out]
+                out = RUNS / vlm / "_".join(["answers", *suffix.split(), *ways.split(), *budgets])
                 command = [sys.executable, "evaluate.py", "--model", f"tiny/{vlm}", "--draw",
-                           "False", "--methods", *rivals, "--budgets", *map(str, BUDGETS),
+                           "False", "--methods", *rivals, "--budgets", *budgets,
                            *shlex.split(options), "--out", str(out), "--run",
                            *(str(job.run) for job in asked)]
                 command += ["--ways", *ways.split()] * bool(ways)

@@ -48,6 +48,15 @@ def test_a_fingerprint_leaves_the_code_as_it_is():
     assert all(len(runs.code_of(name)) == 12 for name in METHODS)
 
 
+def test_a_fingerprint_is_of_code_not_of_words():
+    def function(doc: str, body: str) -> str:
+        return f'"""A file."""\n\n\ndef twice(x):\n    """{doc}"""\n    {body}\n'
+    plain = runs.code_alone(function("Two x.", "return f'#{x}' * 2"))
+    assert plain == "def twice(x):\n    return f'#{x}' * 2"
+    assert runs.code_alone(function("2 x,\n\n    in words.", "return f'#{x}' * 2  # two")) == plain
+    assert runs.code_alone(function("Two x.", "return f'#{x}' * 3")) != plain
+
+
 # ---- what there is to do
 
 SHORT = "--method autoselect --steps 6 --batch 2 --layers 1 --save_every 3"
@@ -57,8 +66,9 @@ SHORT = "--method autoselect --steps 6 --batch 2 --layers 1 --save_every 3"
 def small(tmp_path, monkeypatch):
     """One setting of two seeds, twelve questions, the tiny LLaVA; folders of their own."""
     toy = SimpleNamespace(
-        PAPER="Toy", SETTINGS={"toy": Setting(SHORT, {"llava": 2}, "threshold", ("", " reindexed"),
-                                              (lambda vlm, selector: {"width": vlm.width},))},
+        PAPER="Toy", SETTINGS={"toy": Setting(
+            SHORT, {"llava": 2}, "threshold", (16, 8), ("", " reindexed"),
+            (lambda vlm, selector: {"width": vlm.width},))},
         CLAIMS=[Claim("1", "It is as wide as the encoder.", "-",
                       {"width": lambda d: d.measured("toy", "width")}, above(127)),
                 Claim("2", "A threshold keeps 16.", "-",
@@ -74,8 +84,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RIVALS", ("random",))
     monkeypatch.setattr(experiments, "ASKED", {
-        "": ("--sample 12 --calibration 12", "{vlm}"),
-        " reindexed": ("--sample 12 --calibration 12 --positions reindex", "{vlm}")})
+        "": ("--sample 12 --calibration 12", (), "{vlm}"),
+        " reindexed": ("--sample 12 --calibration 12 --positions reindex", (8,), "{vlm}")})
     return toy
 
 
@@ -103,6 +113,7 @@ def test_from_a_list_to_a_page(small, capsys):
     assert [job.state() for job in experiments.jobs()] == ["done", "done"]
     table = Table.load(experiments.RESULTS / "llava.json.gz")
     assert table.right["toy", 16].shape == (2, len(table.families))
+    assert ("toy", 8) in table.right and ("toy reindexed", 8) not in table.right
     assert {name for name, _ in table.right} == {
         "vanilla", "toy", "toy threshold", "toy reindexed", "toy threshold reindexed", "random",
         "random reindexed"}
