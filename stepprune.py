@@ -290,8 +290,8 @@ class Decoder(nn.Module):
 
     def project(self, memory: Tensor) -> list:
         """Keys and values of M for every layer, made once an episode; of the last only keys."""
-        keys = self.layers[-1].key(memory)
-        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [full_precision(keys)]
+        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [
+            full_precision(self.layers[-1].key(memory))]
 
     def forward(self, x: Tensor, cache: Cache, projected: list, is_open: Tensor,
                 seen: Tensor | None = None) -> Tensor:
