@@ -290,8 +290,8 @@ class Decoder(nn.Module):
 
     def project(self, memory: Tensor) -> list:
         """Keys and values of M for every layer, made once an episode; of the last only keys."""
-        keys = self.layers[-1].key(memory)
-        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [full_precision(keys)]
+        return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [
+            full_precision(self.layers[-1].key(memory))]
 
     def forward(self, x: Tensor, cache: Cache, projected: list, is_open: Tensor,
                 seen: Tensor | None = None) -> Tensor:
@@ -579,7 +579,8 @@ class StepPrune(NoiseGate):
             self.told = nn.Sequential(nn.Linear(1, cfg.width), nn.GELU(),
                                       nn.Linear(cfg.width, cfg.width))
         self.register_buffer("k_bar", torch.zeros(()))          # 0: no step seen yet
-        self.compiled = False                   # on CUDA: half a minute at first, then faster picks
+        # on CUDA: half a minute for each shape, then faster picks; pays where rows come one by one
+        self.compiled = False
 
     # -------------------------------------------------------------------------------- training
 
@@ -824,7 +825,6 @@ class StepPrune(NoiseGate):
     def ways(self, names, budgets, calibration) -> dict[str, Way]:
         """It stops by itself, steered to a mean of K; "exactly": K for each question."""
         exactly = super().ways(names, budgets, calibration)[""]
-        self.compiled = True                                    # it pays over many questions
         # long enough for a question that needs twice the mean
         most = max([self.most_kept, *(2 * k for k in budgets if k >= 1)])
         steering = self.calibrated(budgets, calibration(), most) if budgets else {}

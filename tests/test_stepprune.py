@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 import re
-import shutil
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -404,25 +403,25 @@ def test_a_pick_compiles_whole_and_once_for_all_episodes():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch.compile is not here")
 @torch.no_grad()
-def test_a_compiled_pick_is_at_most_30_kernels():
-    """Fused ones, matrix products and attention together; of the CPU, where there is no GPU."""
-    from torch._inductor import config, utils  # slow to import
+def test_a_compiled_pick_is_at_most_30_kernels(monkeypatch):
+    """Fused ones, matrix products and attention together, in the program that is written for the
+    CPU; it is not translated here, which takes minutes."""
+    from torch._inductor.graph import GraphLowering  # slow to import
 
+    written = []
+
+    def stop_here(code):
+        written.append(code)
+        raise StopIteration
+    monkeypatch.setattr(GraphLowering, "save_output_code", stop_here)
     torch._dynamo.reset()
-    plain, episode = fresh(), fresh()
-    step = torch.compile(sp.Episode.step, fullgraph=True)
-    with config.patch({"cpp_cache_precompile_headers": False, "cpp.simdlen": 1}):
-        _, (code,) = utils.run_and_get_code(step, episode)
-    calls = [line for line in code.partition("def call(")[2].splitlines()
+    step = torch.compile(sp.Episode.step, fullgraph=True, options={"fx_graph_cache": False})
+    with pytest.raises(Exception, match="StopIteration"):
+        step(fresh())
+    calls = [line for line in written[0].partition("def call(")[2].splitlines()
              if re.match(r"\s+(\w+ = )?(cpp_fused|extern_kernels|torch\.ops)", line)]
     assert 11 <= len(calls) <= 30, calls                        # eleven are linear maps
-    for _ in range(5):
-        step(episode)
-    for _ in range(6):
-        plain.step()
-    assert torch.equal(episode.picks, plain.picks)
 
 
 def test_replay_gives_the_loops_pi_and_with_all_hops_its_gradient():
