@@ -6,6 +6,7 @@ claim whose runs are not all there, or were made by other code than today's, say
 verdict.
 """
 
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +27,8 @@ makes the page of the answers.
 
 **Ours** are points of retention (percent of the score with all tokens) unless a unit is named, of
 several seeds on the same questions, and in brackets the middle 95 % of {DRAWS:,} draws of questions
-and seeds, the same for both sides of a difference.
+and seeds, the same for both sides of a difference. Of a setting with one seed the verdict says so:
+how far seeds lie apart is not in its interval.
 
 **The rule**, one for all: an effect *holds* where that interval lies inside what is claimed (above
 0, or within a margin that is named), *does not hold* where it lies outside, else it is *within
@@ -74,6 +76,8 @@ def row_of(claim: Claim, draws: dict[str, Draws]) -> list[str]:
                                                 for used in of_table.used)]
     stale = [name for name in names if is_stale(made[name], settings()[name])]
     seeds = sorted({len(x) for (name, _), x in of_table.table.right.items() if name in names})
+    if seeds[:1] == [1]:
+        verdict += ", one seed"              # whose own spread no interval can know
     unit = f"*{claim.unit}*<br>" if claim.unit else ""
     raw = f"[{' / '.join(map(str, seeds))} seeds](claims/{claim.table}.md)"
     return [*start, unit + ours, raw, f"*made by other code: {', '.join(stale)}*" if stale
@@ -92,7 +96,7 @@ def page(tables: dict[str, Table]) -> str:
     blocks, count = [], Counter()
     for module in papers().values():
         rows = [row_of(claim, draws) for claim in module.CLAIMS]
-        count.update(row[-1].strip("*").split(":")[0] for row in rows)
+        count.update(re.split("[:,]", row[-1].strip("*"))[0] for row in rows)
         blocks += [f"## {module.PAPER}", markdown(
             ["where", "claim", "printed", "ours", "raw", "verdict"], rows)]
     minutes = {(vlm, name): made["minutes"] * len(right)

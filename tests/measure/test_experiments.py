@@ -131,6 +131,12 @@ def test_from_a_list_to_a_page(small, capsys):
     table.save(experiments.RESULTS / "llava.json.gz")
     text = claims.main(["--results", str(experiments.RESULTS)])
     assert text.count("*made by other code: toy*") == 2
+
+    # what one seed says is marked
+    table.made["toy"]["code"] = about["code"]
+    for key in [key for key in table.right if key[0].startswith("toy")]:
+        table.right[key] = table.right[key][:1]
+    assert "**holds, one seed**" in claims.page({"llava": table})
     assert experiments.prove(first) and first.state() == "done"
     (first.run / "config.json").write_text(json.dumps(about | {"code": "old"}))
     log = first.run / "log.jsonl"
@@ -192,8 +198,8 @@ def test_no_answer_is_older_than_the_code_that_makes_it(name):
              if setting not in known or claims.is_stale(made, known[setting])]
     assert not stale
     vlm = name.removesuffix("_crowded")
-    expected = {setting: known[setting].seeds[vlm] for setting in table.made}
-    assert {setting: len(table.right[setting, 16]) for setting in table.made} == expected
+    for setting in table.made:
+        assert 1 <= len(table.right[setting, 16]) <= known[setting].seeds[vlm]
 
 
 @pytest.mark.skipif(not tables(), reason="the experiments are not done: make claims")
