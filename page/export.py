@@ -33,7 +33,7 @@ from transformers.hf_argparser import HfArg
 
 import baselines
 import runs
-from baselines.encoder import encode, read, watch
+from baselines.encoder import read, watch
 from benchmarks import answering, tiny_world
 from benchmarks.questions import Question
 from common import FrozenVLM, Units

@@ -27,10 +27,10 @@ const base = make("canvas"), pictures = new Map();     // base: the picture at i
 // ------------------------------------------------------------------------------------ the worker
 
 const pending = new Map();
-let last_id = 0;
+let lastId = 0;
 
-function ask_worker(what, job = {}) {
-  const id = ++last_id;
+function askWorker(what, job = {}) {
+  const id = ++lastId;
   worker.postMessage({id, do: what, key: state.key, ...job});
   return new Promise((done, fail) => pending.set(id, {done, fail}));
 }
@@ -46,7 +46,7 @@ function hear({data}) {
 
 // ------------------------------------------------------------------------------------ the scene
 
-async function pixels_of(name) {
+async function pixelsOf(name) {
   if (!pictures.has(name)) {
     const image = new Image();
     image.src = `scenes/${name}.png`;
@@ -59,25 +59,26 @@ async function pixels_of(name) {
   return pictures.get(name);
 }
 
-function show_pixels(pixels) {
+function showPixels(pixels) {
   state.pixels = pixels;
   base.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), world.side), 0, 0);
 }
 
-async function choose_scene(number) {
-  stop_playing();
+async function chooseScene(number) {
+  stopPlaying();
   const given = world.scenes[number];
-  const pixels = await pixels_of(given.name);
+  const pixels = await pixelsOf(given.name);
   Object.assign(state, {number, edited: false, chosen: -1, orders: null, fresh: false,
                         scene: {things: structuredClone(given.things)}});
   state.empty = null;
-  show_pixels(pixels);
+  showPixels(pixels);
   [...$("scenes").children].forEach((each, i) => each.setAttribute("aria-pressed", i === number));
   $("scene-number").textContent = `${number + 1} of ${world.scenes.length}`;
-  show_tools();
+  showTools();
   suggest();
   see();
-  set_question(suggestions()[0]);
+  const {questions} = given, family = state.truth?.family ?? "text";
+  setQuestion((questions.find(each => each.family === family) ?? questions[0]).question);
 }
 
 const suggestions = () => state.edited ? world.ask(state.scene)
@@ -85,16 +86,16 @@ const suggestions = () => state.edited ? world.ask(state.scene)
 
 // After a change of its things: drawn anew, then seen, asked and answered anew.
 async function edited() {
-  stop_playing();
+  stopPlaying();
   const number = state.number;
   Object.assign(state, {edited: true, fresh: false});
-  state.empty ??= await pixels_of(`${world.scenes[number].name}_empty`);
+  state.empty ??= await pixelsOf(`${world.scenes[number].name}_empty`);
   if (number !== state.number) return;
-  show_pixels(world.render(state.scene, state.empty));
+  showPixels(world.render(state.scene, state.empty));
   $("scene-number").textContent = `${number + 1}, changed`;
   suggest();
-  show_tools();
-  set_truth();
+  showTools();
+  setTruth();
   redraw();
   see();
 }
@@ -104,7 +105,7 @@ const see = lazily(async () => {
   state.fresh = false;
   state.episodes.clear();
   redraw();
-  const out = await ask_worker("see", {pixels: state.pixels.slice()});
+  const out = await askWorker("see", {pixels: state.pixels.slice()});
   if (!out) return;
   const n = world.grid ** 2, given = world.scenes[state.number];
   state.orders = out.orders;
@@ -114,22 +115,36 @@ const see = lazily(async () => {
   }
   state.fresh = true;
   redraw();
+  answerNow();                                        // of all tokens, before more models load
+  rank();
   point();
-  answer();
 }, 60);
+
+// The rankings that read the picture alone.
+async function rank() {
+  const orders = state.orders;
+  for (const {name, kind, reads_question} of world.methods) {
+    if (kind !== "scores" || reads_question) continue;
+    const out = await attempt(askWorker("point", {method: name, lane: name, ids: []}));
+    if (!out || orders !== state.orders) return;
+    orders[name] = out.order;
+    redraw();
+    answer();
+  }
+}
 
 // ------------------------------------------------------------------------------------ the question
 
-function words_of(text) {
+function wordsOf(text) {
   return text.toLowerCase().match(/[\p{L}\p{N}\p{M}_]+|[^\p{L}\p{N}\p{M}_\s]+/gu) ?? [];
 }
 
-function set_question(text) {
-  stop_playing();
+function setQuestion(text) {
+  stopPlaying();
   text = text.trim().replace(/\s+/g, " ");
   if (text && !/[?.]$/.test(text)) text += " ?";
   $("question").value = text;
-  const words = words_of(text), foreign = [...new Set(words.filter(w => !(w in world.vocabulary)))];
+  const words = wordsOf(text), foreign = [...new Set(words.filter(w => !(w in world.vocabulary)))];
   let says = "";
   if (!words.length) says = "Ask something: choose a question below, or type one.";
   else if (words.length > MOST_WORDS) says = `A question of ${words.length} words: at most ${MOST_WORDS}, please.`;
@@ -141,13 +156,13 @@ function set_question(text) {
   for (const each of $("suggestions").children) {
     each.setAttribute("aria-pressed", each.textContent === text);
   }
-  set_truth();
+  setTruth();
   redraw();
   point();
   answer();
 }
 
-function set_truth() {
+function setTruth() {
   const truth = state.ids && world.truth(state.scene, state.question);
   state.truth = truth?.answer ? truth : null;
   state.cover = state.truth && world.coverage(state.scene, truth.evidence);
@@ -163,7 +178,7 @@ function set_truth() {
 
 function suggest() {
   $("suggestions").replaceChildren(...suggestions().map(text => make("button", {
-    type: "button", textContent: text, onclick: () => set_question(text)})));
+    type: "button", textContent: text, title: text, onclick: () => setQuestion(text)})));
   for (const each of $("suggestions").children) {
     each.setAttribute("aria-pressed", each.textContent === state.question);
   }
@@ -171,12 +186,12 @@ function suggest() {
 
 // ------------------------------------------------------------------------------------ what is kept
 
-const steps_of = () => world.methods.find(each => each.kind === "steps");
+const stepsOf = () => world.methods.find(each => each.kind === "steps");
 const steering = method => method.steps.steering[state.mean];
-const episode_of = method => state.episodes.get(`${method.name} ${steering(method).fallen}`);
+const episodeOf = method => state.episodes.get(`${method.name} ${steering(method).fallen}`);
 
 // How many patches an episode picks before stop wins; stop is shut at the first step.
-function count_of(method, episode) {
+function countOf(method, episode) {
   const {stop_bias} = steering(method), stop = world.grid ** 2;
   for (let t = 1; t < episode.picks.length; t++) {
     if (episode.logits[t][episode.picks[t]] < episode.logits[t][stop] + stop_bias) return t;
@@ -184,7 +199,7 @@ function count_of(method, episode) {
   return episode.picks.length;
 }
 
-// pi_t of Eq. (6), the stop bias added.
+// piT of Eq. (6), the stop bias added.
 function policy(method, episode, t) {
   const {stop_bias} = steering(method), row = Float64Array.from(episode.logits[t]);
   const stop = row.length - 1;
@@ -195,11 +210,11 @@ function policy(method, episode, t) {
 }
 
 // The patches of a method in the order in which they were kept; null while nothing is known.
-function kept_by(method) {
+function keptBy(method) {
   if (method.kind === "all") return state.orders?.[method.name] ?? null;
   if (method.kind === "steps") {
-    const episode = state.ids && episode_of(method);
-    return episode ? episode.picks.slice(0, count_of(method, episode)) : null;
+    const episode = state.ids && episodeOf(method);
+    return episode ? episode.picks.slice(0, countOf(method, episode)) : null;
   }
   const order = state.orders?.[method.name] ?? state.episodes.get(method.name)?.order;
   return order ? order.slice(0, state.k) : null;
@@ -213,7 +228,7 @@ async function point() {
     if (state.episodes.has(name)) continue;
     const asked = state.question, key = state.key;
     const job = {method: method.name, lane: method.name, ids: state.ids, fallen};
-    const out = await attempt(ask_worker("point", job));
+    const out = await attempt(askWorker("point", job));
     if (!out || asked !== state.question || key !== state.key) continue;
     state.episodes.set(name, out);
     redraw();
@@ -224,18 +239,18 @@ async function point() {
 const at = keep => `${state.key} ${state.question} ${keep}`;
 
 // The answers that the cards lack, all tokens' first. What is kept enters in the picture's order.
-const answer = lazily(() => {
+function answerNow() {
   if (!state.ids || !state.fresh) return;
-  const is_long = state.truth?.family === "caption" || !state.truth;
-  const limit = is_long ? LONG_ANSWER : world.limit;
-  for (const method of shown_methods()) {
-    const kept = kept_by(method);
+  const isLong = state.truth?.family === "caption" || !state.truth;
+  const limit = isLong ? LONG_ANSWER : world.limit;
+  for (const method of shownMethods()) {
+    const kept = keptBy(method);
     if (!kept) continue;
     const keep = kept.toSorted((a, b) => a - b), name = at(keep);
     if (state.answers.has(name) || state.asking.get(method) === name) continue;
     state.asking.set(method, name);
     const job = {ids: state.ids, keep, limit, lane: method.name};
-    attempt(ask_worker("answer", job)).then(out => {
+    attempt(askWorker("answer", job)).then(out => {
       if (state.asking.get(method) === name) state.asking.delete(method);
       if (!out) return;
       if (state.answers.size > 2000) state.answers.clear();
@@ -243,7 +258,8 @@ const answer = lazily(() => {
       redraw();
     });
   }
-}, 40);
+}
+const answer = lazily(answerNow, 40);
 
 async function attempt(job) {
   try {
@@ -266,7 +282,7 @@ function lazily(act, ms) {
 // ------------------------------------------------------------------------------------ drawing
 
 let veil, ink;
-function read_theme() {
+function readTheme() {
   const style = getComputedStyle(document.documentElement);
   veil = style.getPropertyValue("--veil");
   ink = style.getPropertyValue("--evidence");
@@ -315,7 +331,7 @@ function draw(canvas, kept, {numbers = false, heat = null} = {}) {
   }
 }
 
-function draw_scene() {
+function drawScene() {
   const canvas = $("scene");
   draw(canvas, null);
   const thing = state.scene.things[state.chosen];
@@ -330,28 +346,28 @@ function draw_scene() {
   context.setLineDash([]);
 }
 
-const shown_methods = () => world.methods.filter(({name}) => !cards.get(name).card.hidden);
+const shownMethods = () => world.methods.filter(({name}) => !cards.get(name).card.hidden);
 
 function redraw() {
-  draw_scene();
-  for (const method of shown_methods()) draw_card(method);
-  draw_player();
+  drawScene();
+  for (const method of shownMethods()) drawCard(method);
+  drawPlayer();
 }
 
-function draw_card(method) {
+function drawCard(method) {
   const {card, canvas, answer, verdict, count, share, bar} = cards.get(method.name);
-  const kept = kept_by(method), n = world.grid ** 2;
+  const kept = keptBy(method), n = world.grid ** 2;
   draw(canvas, method.kind === "all" ? null : kept, {numbers: method.kind === "steps"});
   const keep = kept?.toSorted((a, b) => a - b), text = keep && state.answers.get(at(keep));
   const whole = state.answers.get(at([...Array(n).keys()]));
-  const is_ready = text !== undefined && state.fresh;
-  card.setAttribute("aria-busy", Boolean(state.ids) && !is_ready);
+  const isReady = text !== undefined && state.fresh;
+  card.setAttribute("aria-busy", Boolean(state.ids) && !isReady);
   card.dataset.kept = keep?.join(" ") ?? "";
-  card.dataset.answer = is_ready ? text : "";
-  if (is_ready || !state.ids) answer.textContent = is_ready ? text || "(nothing)" : "–";
-  const is_right = is_ready && state.truth ? text === state.truth.answer : null;
-  card.dataset.verdict = is_right === null ? "" : is_right ? "right" : "wrong";
-  verdict.textContent = !is_ready ? "" : method.kind === "all" ? "unpruned"
+  card.dataset.answer = isReady ? text : "";
+  if (isReady || !state.ids) answer.textContent = isReady ? text || "(nothing)" : "–";
+  const isRight = isReady && state.truth ? text === state.truth.answer : null;
+  card.dataset.verdict = isRight === null ? "" : isRight ? "right" : "wrong";
+  verdict.textContent = !isReady ? "" : method.kind === "all" ? "unpruned"
     : whole === undefined ? "" : text === whole ? "as unpruned" : `unpruned: ${whole}`;
   count.textContent = kept ? `${kept.length} of ${n}` : `– of ${n}`;
   let shown = "–";
@@ -368,11 +384,11 @@ function draw_card(method) {
 
 // ------------------------------------------------------------------------------------ the player
 
-function draw_player() {
-  const method = steps_of();
+function drawPlayer() {
+  const method = stepsOf();
   if (!method) return;
-  const episode = state.ids && episode_of(method);
-  const count = episode ? count_of(method, episode) : 0, ends = episode?.picks.length > count;
+  const episode = state.ids && episodeOf(method);
+  const count = episode ? countOf(method, episode) : 0, ends = episode?.picks.length > count;
   const most = count + (ends ? 1 : 0), step = Math.min(state.step, most);
   $("step").max = most;
   $("step").value = step;
@@ -393,10 +409,10 @@ function draw_player() {
       : `Step ${step}: it points at patch ${pick}, row ${Math.floor(pick / n) + 1}, column ${pick % n + 1}, with ${Math.round(100 * now[pick])} %.`;
   }
   $("step-says").textContent = says;
-  draw_chart(method, episode, most, step);
+  drawChart(method, episode, most, step);
 }
 
-function draw_chart(method, episode, most, step) {
+function drawChart(method, episode, most, step) {
   const chart = $("chart");
   $("last-step").textContent = most ? `step ${most}` : "";
   if (!episode) return chart.replaceChildren();
@@ -409,7 +425,7 @@ function draw_chart(method, episode, most, step) {
   chart.setAttribute("aria-label", `Probability of stop at each of ${most} steps`);
 }
 
-function stop_playing() {
+function stopPlaying() {
   clearInterval(state.playing);
   state.playing = 0;
   state.step = Infinity;
@@ -419,32 +435,32 @@ function play() {
   if (state.playing) {
     clearInterval(state.playing);
     state.playing = 0;
-    return draw_player();
+    return drawPlayer();
   }
   const most = Number($("step").max);
   if (Math.min(state.step, most) === most) state.step = 0;
-  state.playing = setInterval(() => go_to(state.step + 1, true), 450);
-  draw_player();
+  state.playing = setInterval(() => goTo(state.step + 1, true), 450);
+  drawPlayer();
 }
 
-function go_to(step, is_playing = false) {
+function goTo(step, isPlaying = false) {
   const most = Number($("step").max);
   state.step = Math.max(0, Math.min(step, most));
-  if (!is_playing || state.step === most) {
+  if (!isPlaying || state.step === most) {
     clearInterval(state.playing);
     state.playing = 0;
   }
-  draw_player();
+  drawPlayer();
 }
 
 // ------------------------------------------------------------------------------------ the editor
 
-function scene_point(event) {
+function scenePoint(event) {
   const box = $("scene").getBoundingClientRect();
   return [(event.clientX - box.left), (event.clientY - box.top)].map(c => c * world.side / box.width);
 }
 
-function show_tools() {
+function showTools() {
   const thing = state.scene.things[state.chosen];
   $("remove").disabled = !thing;
   $("letters").disabled = !thing?.text;
@@ -479,10 +495,10 @@ function move(thing, x, y) {
   thing.box = [left, top, left + w, top + h];
 }
 
-function add_thing(kind = state.kind ?? world.shapes[0], colour = state.colour ?? world.colourNames[0]) {
-  if (state.scene.things.length >= MOST_THINGS) return show_tools();
-  const is_sign = kind === "sign", side = is_sign ? [48, 18] : [26, 26];
-  const thing = {kind, colour, text: is_sign ? "KEY" : "", fill: world.colours[colour],
+function addThing(kind = state.kind ?? world.shapes[0], colour = state.colour ?? world.colourNames[0]) {
+  if (state.scene.things.length >= MOST_THINGS) return showTools();
+  const isSign = kind === "sign", side = isSign ? [48, 18] : [26, 26];
+  const thing = {kind, colour, text: isSign ? "KEY" : "", fill: world.colours[colour],
                  box: [0, 0, ...side]};
   const free = ([x, y]) => {
     move(thing, x, y);
@@ -495,7 +511,7 @@ function add_thing(kind = state.kind ?? world.shapes[0], colour = state.colour ?
   edited();
 }
 
-function remove_thing() {
+function removeThing() {
   if (!state.scene.things[state.chosen]) return;
   state.scene.things.splice(state.chosen, 1);
   state.chosen = -1;
@@ -505,7 +521,7 @@ function remove_thing() {
 function change(what, value) {
   state[what] = value;
   const thing = state.scene.things[state.chosen];
-  if (!thing) return show_tools();
+  if (!thing) return showTools();
   if (what === "colour") Object.assign(thing, {colour: value, fill: world.colours[value]});
   if (what === "kind" && (value === "sign") !== Boolean(thing.text)) {
     const side = value === "sign" ? [48, 18] : [26, 26], [x, y] = thing.box;
@@ -518,11 +534,11 @@ function change(what, value) {
   edited();
 }
 
-function build_editor() {
+function buildEditor() {
   const canvas = $("scene");
   let grip = null;
   canvas.onpointerdown = event => {
-    const [x, y] = scene_point(event);
+    const [x, y] = scenePoint(event);
     state.chosen = state.scene.things.findLastIndex(
       ({box}) => x >= box[0] - 2 && x < box[2] + 2 && y >= box[1] - 2 && y < box[3] + 2);
     const thing = state.scene.things[state.chosen];
@@ -530,13 +546,13 @@ function build_editor() {
       grip = [x - thing.box[0], y - thing.box[1]];
       canvas.setPointerCapture(event.pointerId);
     }
-    show_tools();
-    draw_scene();
+    showTools();
+    drawScene();
   };
   canvas.onpointermove = event => {
     const thing = state.scene.things[state.chosen];
     if (!grip || !thing) return;
-    const [x, y] = scene_point(event), was = thing.box.join();
+    const [x, y] = scenePoint(event), was = thing.box.join();
     move(thing, x - grip[0], y - grip[1]);
     if (thing.box.join() !== was) edited();
   };
@@ -546,10 +562,10 @@ function build_editor() {
     const steps = {ArrowLeft: [-by, 0], ArrowRight: [by, 0], ArrowUp: [0, -by], ArrowDown: [0, by]};
     if (event.key.toLowerCase() === "n" && state.scene.things.length) {
       state.chosen = (state.chosen + 1) % state.scene.things.length;
-      show_tools();
-      draw_scene();
+      showTools();
+      drawScene();
     } else if (["Delete", "Backspace"].includes(event.key)) {
-      remove_thing();
+      removeThing();
     } else if (thing && steps[event.key]) {
       const [dx, dy] = steps[event.key];
       move(thing, thing.box[0] + dx, thing.box[1] + dy);
@@ -573,9 +589,9 @@ function build_editor() {
     button.append(icon(name));
     return button;
   }));
-  $("add").onclick = () => add_thing();
-  $("remove").onclick = remove_thing;
-  $("reset").onclick = () => choose_scene(state.number);
+  $("add").onclick = () => addThing();
+  $("remove").onclick = removeThing;
+  $("reset").onclick = () => chooseScene(state.number);
   $("letters").oninput = () => {
     const thing = state.scene.things[state.chosen];
     const text = [...$("letters").value.toUpperCase()].filter(c => world.letters.includes(c)).join("");
@@ -609,13 +625,13 @@ function icon(kind) {
 
 // ------------------------------------------------------------------------------------ the start
 
-function show_note(place, note) {
+function showNote(place, note) {
   const link = make("a", {href: note.href, target: "_blank", title: `${note.file}, ${note.name}`});
   link.innerHTML = note.equation;
   place.replaceChildren(make("span", {className: "equation"}, link), note.says);
 }
 
-function build_cards() {
+function buildCards() {
   for (const method of world.methods) {
     const note = world.notes[method.name], name = method.name;
     const parts = {
@@ -628,13 +644,14 @@ function build_cards() {
     parts.canvas.setAttribute("role", "img");
     parts.canvas.setAttribute("aria-label", `The patches that ${note.label} keeps`);
     parts.card = make("article", {className: "card"},
-      make("header", {}, make("h3", {textContent: note.label}), parts.count), parts.canvas,
-      make("p", {className: "line result"}, parts.answer, parts.verdict),
+      parts.canvas,
+      make("header", {}, make("h3", {textContent: note.label}), parts.count),
+      make("p", {className: "result"}, parts.answer, parts.verdict),
       make("p", {className: "line evidence"}, make("span", {textContent: "evidence kept"}),
            make("div", {className: "bar"}, parts.bar), parts.share),
       parts.note);
     parts.card.dataset.method = name;
-    if (note.equation) show_note(parts.note, note);
+    if (note.equation) showNote(parts.note, note);
     else parts.note.textContent = note.says;
     const toggle = make("input", {type: "checkbox", checked: true, onchange: () => {
       parts.card.hidden = !toggle.checked;
@@ -647,10 +664,10 @@ function build_cards() {
   }
 }
 
-function build_sliders() {
-  const n = world.grid ** 2, method = steps_of();
+function buildSliders() {
+  const n = world.grid ** 2, method = stepsOf();
   let frame = 0;
-  const on_slide = (id, name, act) => {
+  const onSlide = (id, name, act) => {
     $(id).oninput = () => {
       state[name] = Number($(id).value);
       $(`${id}-value`).textContent = state[name];
@@ -661,7 +678,7 @@ function build_sliders() {
     $(`${id}-value`).textContent = state[name];
   };
   $("k").max = n;
-  on_slide("k", "k", () => {});
+  onSlide("k", "k", () => {});
   if (!method) return;
   const label = world.notes[method.name].label;
   $("mean-control").hidden = $("player").hidden = false;
@@ -669,40 +686,45 @@ function build_sliders() {
   $("player-title").textContent = `${label}, pick by pick`;
   $("mean").max = Math.max(...Object.keys(method.steps.steering).map(Number));
   state.mean = Math.min(state.mean, Number($("mean").max));
-  on_slide("mean", "mean", () => { stop_playing(); point(); });
+  onSlide("mean", "mean", () => { stopPlaying(); point(); });
   $("play").onclick = play;
-  $("back").onclick = () => go_to(Number($("step").value) - 1);
-  $("next").onclick = () => go_to(Number($("step").value) + 1);
-  $("step").oninput = () => go_to(Number($("step").value));
+  $("back").onclick = () => goTo(Number($("step").value) - 1);
+  $("next").onclick = () => goTo(Number($("step").value) + 1);
+  $("step").oninput = () => goTo(Number($("step").value));
 }
 
 function build() {
   base.width = base.height = world.side;
   for (const place of document.querySelectorAll("[data-note]")) {
     const note = world.controls[place.dataset.note];
-    if (note) show_note(place, note);
+    if (note) showNote(place, note);
   }
   $("words").textContent = Object.keys(world.vocabulary).join(" ");
   $("scenes").append(...world.scenes.map(({name, things}, i) => {
     const picture = make("img", {src: `scenes/${name}.png`, loading: "lazy", width: 56, height: 56,
                                  alt: `Scene ${i + 1}: ${things.map(nameOf).join(", ")}`});
-    return make("button", {type: "button", onclick: () => choose_scene(i)}, picture);
+    return make("button", {type: "button", onclick: () => chooseScene(i)}, picture);
   }));
   $("ask").onsubmit = event => {
     event.preventDefault();
-    set_question($("question").value);
+    setQuestion($("question").value);
   };
-  build_cards();
-  build_editor();
-  build_sliders();
+  $("question").onkeydown = event => {
+    if (event.key !== "Enter") return;
+    event.preventDefault();
+    setQuestion($("question").value);
+  };
+  buildCards();
+  buildEditor();
+  buildSliders();
   $("theme").onclick = () => {
-    const root = document.documentElement, is_dark = getComputedStyle(root).getPropertyValue("--is-dark");
-    root.dataset.theme = Number(is_dark) ? "light" : "dark";
-    read_theme();
+    const root = document.documentElement, isDark = getComputedStyle(root).getPropertyValue("--is-dark");
+    root.dataset.theme = Number(isDark) ? "light" : "dark";
+    readTheme();
     redraw();
   };
-  matchMedia("(prefers-color-scheme: dark)").onchange = () => { read_theme(); redraw(); };
-  read_theme();
+  matchMedia("(prefers-color-scheme: dark)").onchange = () => { readTheme(); redraw(); };
+  readTheme();
 }
 
 function begin() {
@@ -720,7 +742,7 @@ async function start() {
   world.known = Object.fromEntries(Object.entries(world.vocabulary).map(([word, id]) => [id, word]));
   world.controls ??= {};
   build();
-  await choose_scene(0);
+  await chooseScene(0);
 }
 
 start().catch(error => broken(`The page cannot start: ${error.message}.`));

@@ -1,11 +1,11 @@
 // The models, away from the page's own thread. Messages in: {id, do, ...}; out: {id, ...} or
 // {id, error}. What is asked last counts: a job that is overtaken ends with {id, late: true}.
 //
-//   see     {key, pixels: RGBA}             -> {orders: {method: ranking}} of methods that read no
-//                                              question; what the picture gave is kept
-//   point   {key, method, question, fallen} -> {picks, logits, N + 1 of each step}, an episode that
-//                                              does not stop; or {order} of a method that ranks
-//   answer  {key, question, keep}           -> {text}, keep: ascending patches, null for all
+//   see     {key, pixels: RGBA}         -> {orders: {method: ranking}} of what the encoder says
+//                                          itself; what the picture gave is kept
+//   point   {key, method, ids, fallen}  -> {order} of a method that ranks; of one that picks
+//                                          {picks, logits: N + 1 of each step}, it does not stop
+//   answer  {key, ids, keep, limit}     -> {said: word ids}, keep: ascending patches
 
 import * as ort from "./runtime/ort.wasm.min.mjs";
 
@@ -58,21 +58,17 @@ async function see({key, pixels}) {
   const orders = {};
   for (const method of world.methods) {
     if (method.kind === "reading") orders[method.name] = ranking(out[method.name].data);
-    if (method.kind === "scores" && !method.reads_question) {
-      const ranks = await (await model(method.name)).run({feats: out.feats});
-      orders[method.name] = ranking(ranks.scores.data);
-    }
   }
   seen = {key, feats: out.feats, tokens: out.tokens.data};
   return {orders};
 }
 
-async function point({method, ids, fallen}, is_late) {
+async function point({method, ids, fallen}, isLate) {
   const {kind, steps} = world.methods.find(each => each.name === method);
   const asked = float(embedded(ids), [1, ids.length, world.width]);
   if (kind === "scores") {
-    const ranks = await (await model(method)).run({feats: seen.feats, words: asked});
-    return {order: ranking(ranks.scores.data)};
+    const given = ids.length ? {feats: seen.feats, words: asked} : {feats: seen.feats};
+    return {order: ranking((await (await model(method)).run(given)).scores.data)};
   }
   const begin = await model(`${method}_begin`), pick = await model(`${method}_pick`);
   const given = {feats: seen.feats, words: asked, fallen: float(new Float32Array([fallen]), [1, 1])};
@@ -82,7 +78,7 @@ async function point({method, ids, fallen}, is_late) {
   let caches = Array.from({length: steps.caches}, () => float(new Float32Array(0), steps.empty));
   let x = Float32Array.from(steps.start);
   const picks = [], logits = [];
-  while (picks.length < steps.most && !is_late()) {
+  while (picks.length < steps.most && !isLate()) {
     const feeds = {...keys, x: float(x, [1, 1, width])};
     caches.forEach((cache, i) => { feeds[`cache_${i}`] = cache; });
     const out = await pick.run(feeds);
@@ -101,16 +97,15 @@ async function point({method, ids, fallen}, is_late) {
   return {picks, logits};
 }
 
-async function answer({ids, keep, limit}, is_late) {
+async function answer({ids, keep, limit}, isLate) {
   const d = world.width, n = world.grid ** 2, {before, between, after} = world.prompt;
-  const kept = keep ?? Array.from({length: n}, (_, i) => i);
   const text = [...between, ...ids, ...after], first = before.length + n;
-  const rows = [embedded(before), ...kept.map(i => seen.tokens.subarray(i * d, (i + 1) * d)),
+  const rows = [embedded(before), ...keep.map(i => seen.tokens.subarray(i * d, (i + 1) * d)),
                 embedded(text)];
-  const places = [...before.keys(), ...kept.map(i => before.length + i),
+  const places = [...before.keys(), ...keep.map(i => before.length + i),
                   ...text.map((_, i) => first + i)];
   const said = [], session = await model("speak");
-  for (let step = 0; step < limit && !is_late(); step++) {
+  for (let step = 0; step < limit && !isLate(); step++) {
     const embeds = new Float32Array(places.length * d);
     let at = 0;
     for (const row of rows) { embeds.set(row, at); at += row.length; }
@@ -135,12 +130,12 @@ self.onmessage = ({data}) => {
   const lane = `${data.do} ${data.lane ?? ""}`;
   newest[lane] = data.id;
   newest.scene = data.do === "see" ? data.key : newest.scene;
-  const is_late = () => newest[lane] !== data.id || data.key !== newest.scene;
+  const isLate = () => newest[lane] !== data.id || data.key !== newest.scene;
   queue = queue.then(async () => {
-    if (is_late()) return self.postMessage({id: data.id, late: true});
+    if (isLate()) return self.postMessage({id: data.id, late: true});
     try {
-      const out = await doing[data.do](data, is_late);
-      self.postMessage(is_late() ? {id: data.id, late: true} : {id: data.id, ...out});
+      const out = await doing[data.do](data, isLate);
+      self.postMessage(isLate() ? {id: data.id, late: true} : {id: data.id, ...out});
     } catch (error) {
       self.postMessage({id: data.id, error: String(error.message ?? error)});
     }

@@ -149,13 +149,13 @@ export class World {
       }
     };
     for (const thing of scene.things.filter(t => !t.text)) {
-      const [x0, y0, x1, y1] = thing.box, is_inside = inside(thing);
+      const [x0, y0, x1, y1] = thing.box, isInside = inside(thing);
       // a polygon's last row and column lie just outside of its box
       for (let y = y0; y <= y1; y++) {
         for (let x = x0; x <= x1; x++) {
           let hits = 0;
           for (const [dx, dy] of [[0, 0], [1, 0], [0, 1], [1, 1]]) {
-            hits += is_inside(2 * x + dx, 2 * y + dy);
+            hits += isInside(2 * x + dx, 2 * y + dy);
           }
           put(x, y, thing.fill, hits / 4);
         }
@@ -166,8 +166,8 @@ export class World {
       const [x0, y0, x1, y1] = sign.box;
       for (let y = y0; y < y1; y++) {
         for (let x = x0; x < x1; x++) {
-          const is_rim = x === x0 || y === y0 || x === x1 - 1 || y === y1 - 1;
-          put(x, y, is_rim ? ink : sign.fill, 1);
+          const isRim = x === x0 || y === y0 || x === x1 - 1 || y === y1 - 1;
+          put(x, y, isRim ? ink : sign.fill, 1);
         }
       }
       [...sign.text].forEach((letter, i) => {
@@ -225,12 +225,12 @@ function inside({kind, box}) {
 
 // Pillow fills a polygon with its edges: half a pixel to every side counts.
 function covers(corners, x, y) {
-  let is_in = false;
+  let isIn = false;
   corners.forEach(([ax, ay], i) => {
     const [bx, by] = corners[(i + 1) % corners.length];
-    if (ay > y !== by > y && x < (bx - ax) * (y - ay) / (by - ay) + ax) is_in = !is_in;
+    if (ay > y !== by > y && x < (bx - ax) * (y - ay) / (by - ay) + ax) isIn = !isIn;
   });
-  if (is_in) return true;
+  if (isIn) return true;
   return corners.some(([ax, ay], i) => {
     const [bx, by] = corners[(i + 1) % corners.length];
     const length = (bx - ax) ** 2 + (by - ay) ** 2;

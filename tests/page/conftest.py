@@ -1,16 +1,15 @@
-"""The site of page/, made once, from the shipped selectors; skipped where its packages are not."""
+"""The site of page/, made once, from the shipped selectors; skipped where its packages are not.
 
-from pathlib import Path
+SITE=folder in the environment: one that is built, as `make page-test` has it.
+"""
+
+import os
 
 import pytest
 import torch
+from built_page import METHODS, ROOT, selectors
 
-ROOT = Path(__file__).resolve().parents[2]
-METHODS = ["random", "cls_attention"]
-
-
-def selectors() -> list[str]:
-    return sorted(str(path.parent) for path in ROOT.glob("results/*/selector/model.safetensors"))
+from common import FrozenVLM
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +18,15 @@ def site(tmp_path_factory):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason=f"{name} is missing: see page/README.md")
     from page.export import ExportConfig, export
+    if "SITE" in os.environ:
+        return ROOT / os.environ["SITE"]
     threads = torch.get_num_threads()
     folder = export(ExportConfig(run=selectors(), methods=METHODS, runtime=False,
                                  out=str(tmp_path_factory.mktemp("site"))))
     torch.set_num_threads(threads)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vlm():
+    return FrozenVLM.from_pretrained("tiny/llava", torch.float32)
