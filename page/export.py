@@ -433,10 +433,11 @@ def export(config: ExportConfig) -> Path:
         "width": vlm.dim, "ends": vlm.ends().tolist(), "limit": tiny_world.LIMIT,
         "positions": vlm.limit, "prompt": prompt_of(vlm, rows[0].image), "scenes": shown,
         "methods": [asdict(entry) for entry in entries], **notes(entries, out)}
-    runs.write_text(out / "world.json", json.dumps(world, separators=(",", ":")))
     if config.runtime:
         runtime(out / "runtime")
     shutil.copytree(HERE / "site", out, dirs_exist_ok=True)
+    # last: with it the site is whole
+    runs.write_text(out / "world.json", json.dumps(world, separators=(",", ":")))
     return out
 
 

@@ -70,7 +70,6 @@ async function chooseScene(number) {
   const pixels = await pixelsOf(given.name);
   Object.assign(state, {number, edited: false, chosen: -1, orders: null, fresh: false,
                         scene: {things: structuredClone(given.things)}});
-  state.empty = null;
   showPixels(pixels);
   [...$("scenes").children].forEach((each, i) => each.setAttribute("aria-pressed", i === number));
   $("scene-number").textContent = `${number + 1} of ${world.scenes.length}`;
@@ -89,9 +88,10 @@ async function edited() {
   stopPlaying();
   const number = state.number;
   Object.assign(state, {edited: true, fresh: false});
-  state.empty ??= await pixelsOf(`${world.scenes[number].name}_empty`);
-  if (number !== state.number) return;
-  showPixels(world.render(state.scene, state.empty));
+  redraw();
+  const empty = await pixelsOf(`${world.scenes[number].name}_empty`);
+  if (number !== state.number || !state.edited) return;
+  showPixels(world.render(state.scene, empty));
   $("scene-number").textContent = `${number + 1}, changed`;
   suggest();
   showTools();
@@ -364,7 +364,11 @@ function drawCard(method) {
   card.setAttribute("aria-busy", Boolean(state.ids) && !isReady);
   card.dataset.kept = keep?.join(" ") ?? "";
   card.dataset.answer = isReady ? text : "";
-  if (isReady || !state.ids) answer.textContent = isReady ? text || "(nothing)" : "–";
+  if (isReady || !state.ids) {
+    answer.textContent = isReady ? text || "(nothing)" : "–";
+    answer.title = answer.textContent;
+    answer.classList.toggle("long", answer.textContent.length > 24);
+  }
   const isRight = isReady && state.truth ? text === state.truth.answer : null;
   card.dataset.verdict = isRight === null ? "" : isRight ? "right" : "wrong";
   verdict.textContent = !isReady ? "" : method.kind === "all" ? "unpruned"
@@ -487,10 +491,12 @@ const overlap = () => state.scene.things.some(
 function move(thing, x, y) {
   const [w, h] = [thing.box[2] - thing.box[0], thing.box[3] - thing.box[1]];
   let left = Math.round(Math.max(0, Math.min(x, world.side - w)));
-  const top = Math.round(Math.max(0, Math.min(y, world.side - h)));
+  let top = Math.round(Math.max(0, Math.min(y, world.side - h)));
   if (thing.text) {                                    // its letters stand on the patches' lattice
-    left = Math.min(Math.round((left - 6) / world.cell), world.grid - 5) * world.cell + 6;
-    left = Math.max(left, 6);
+    const {cell, grid} = world;
+    const snap = (c, least, most) => Math.max(least, Math.min(Math.round(c / cell), most)) * cell;
+    left = snap(left - 6, 0, grid - 5) + 6;
+    top = snap(top + 3, 1, grid - 2) - 3;
   }
   thing.box = [left, top, left + w, top + h];
 }
@@ -537,10 +543,15 @@ function change(what, value) {
 function buildEditor() {
   const canvas = $("scene");
   let grip = null;
+  const thingAt = ([x, y]) => state.scene.things.findLastIndex(
+    ({box}) => x >= box[0] - 2 && x < box[2] + 2 && y >= box[1] - 2 && y < box[3] + 2);
+  // a finger upon a thing drags it, beside of it scrolls the page
+  canvas.addEventListener("touchstart", event => {
+    if (thingAt(scenePoint(event.touches[0])) >= 0) event.preventDefault();
+  }, {passive: false});
   canvas.onpointerdown = event => {
     const [x, y] = scenePoint(event);
-    state.chosen = state.scene.things.findLastIndex(
-      ({box}) => x >= box[0] - 2 && x < box[2] + 2 && y >= box[1] - 2 && y < box[3] + 2);
+    state.chosen = thingAt([x, y]);
     const thing = state.scene.things[state.chosen];
     if (thing) {
       grip = [x - thing.box[0], y - thing.box[1]];
