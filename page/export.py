@@ -206,14 +206,14 @@ class Entry:
 
 
 def orders(way, asked, tokens: int) -> list[list[int]]:
-    """In which order a baseline keeps the tokens of each picture. Raises ValueError where what it
-    keeps of K is no part of what it keeps of K + 1."""
+    """In which order a baseline keeps the tokens of each picture; none where what it keeps of K is
+    no part of what it keeps of K + 1."""
     kept = [[set()] for _ in asked.owner]
     for k in range(1, tokens + 1):
         for row, keep in zip(kept, way.select(asked, k)):
             row.append({*keep.tolist()})
     if any(len(more - less) != 1 for row in kept for less, more in zip(row, row[1:])):
-        raise ValueError("expected baselines that go by one number a token, or that draw")
+        return []
     return [[(more - less).pop() for less, more in zip(row, row[1:])] for row in kept]
 
 
@@ -221,10 +221,13 @@ def of_baseline(name: str, way, asked, folder_scenes: list[dict]) -> tuple[Entry
     """Its entry, and what see.onnx has to read for it."""
     module, _ = baselines.modules()[name]
     source = str(Path(module.__file__).relative_to(runs.ROOT))
-    if way.select is None or len(way.needs) > 1:
+    if baselines.kind(name) != "before" or way.reads_question or len(way.needs) > 1:
         raise ValueError(f"methods={name!r}: the page shows baselines that choose by one reading "
                          "of the encoder, or by none")
     kept = orders(way, asked, asked.units.counts[0])
+    if not kept:
+        raise ValueError(f"methods={name!r} does not rank: what it keeps of K is no part of what it "
+                         "keeps of K + 1, as the page takes it")
     if not way.needs:
         for scene, order in zip(folder_scenes, kept):
             scene.setdefault("drawn", {})[name] = order

@@ -1,6 +1,6 @@
 // The page: what is chosen, what is asked of the models, and how it is drawn.
 
-import {World, nameOf, centre, shuffled} from "./world.js";
+import {World, nameOf, shuffled} from "./world.js";
 
 const $ = id => document.getElementById(id);
 const make = (tag, props = {}, ...children) => {
@@ -61,6 +61,7 @@ async function pixelsOf(name) {
 
 function showPixels(pixels) {
   state.pixels = pixels;
+  state.drawn = (state.drawn ?? 0) + 1;
   base.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), world.side), 0, 0);
 }
 
@@ -290,19 +291,22 @@ function readTheme() {
 
 // The picture with what is dropped veiled, the evidence outlined. numbers: of the patches in kept.
 function draw(canvas, kept, {numbers = false, heat = null} = {}) {
+  const shown = [state.drawn, kept, state.truth?.evidence, heat, veil].join(" | ");
+  if (canvas.shown === shown) return;                  // nothing has changed
+  canvas.shown = shown;
   const context = canvas.getContext("2d"), side = canvas.width, n = world.grid, cell = side / n;
   context.imageSmoothingEnabled = false;
   context.drawImage(base, 0, 0, side, side);
   if (kept) {
-    const stays = new Set(kept);
-    for (let p = 0; p < n * n; p++) {
-      if (stays.has(p)) continue;
-      context.fillStyle = veil;
-      context.fillRect(p % n * cell, Math.floor(p / n) * cell, cell, cell);
-      if (heat?.[p] > .004) {
-        context.fillStyle = `rgba(91, 108, 255, ${Math.min(.15 + heat[p], .9)})`;
-        context.fillRect(p % n * cell, Math.floor(p / n) * cell, cell, cell);
-      }
+    const stays = new Set(kept), area = p => [p % n * cell, Math.floor(p / n) * cell, cell, cell];
+    context.beginPath();
+    for (let p = 0; p < n * n; p++) if (!stays.has(p)) context.rect(...area(p));
+    context.fillStyle = veil;
+    context.fill();
+    for (let p = 0; heat && p < n * n; p++) {
+      if (stays.has(p) || heat[p] < .004) continue;
+      context.fillStyle = `rgba(91, 108, 255, ${Math.min(.15 + heat[p], .9)})`;
+      context.fillRect(...area(p));
     }
   }
   if (state.truth) {
@@ -333,6 +337,7 @@ function draw(canvas, kept, {numbers = false, heat = null} = {}) {
 
 function drawScene() {
   const canvas = $("scene");
+  canvas.shown = null;                                 // the frame around a thing is not in draw()
   draw(canvas, null);
   const thing = state.scene.things[state.chosen];
   if (!thing) return;

@@ -9,9 +9,8 @@ from built_page import BUDGETS, ROOT, Site, of_pytorch, selectors
 
 import runs
 from benchmarks import answering, tiny_world
-from page.export import NoPadding, line_of, notes
+from page.export import Begin, NoPadding, line_of, main, notes, save
 
-pytestmark = pytest.mark.slow
 N = 200
 
 
@@ -20,6 +19,7 @@ def built(site):
     return Site(site)
 
 
+@pytest.mark.slow
 def test_picks_and_answers_of_200_questions_are_those_of_pytorch(built, vlm):
     questions = tiny_world.load(n=N)[:N]
     expected = of_pytorch(vlm, built.world, questions)
@@ -38,6 +38,7 @@ def test_picks_and_answers_of_200_questions_are_those_of_pytorch(built, vlm):
     assert not wrong
 
 
+@pytest.mark.slow
 def test_features_scores_and_logits_are_near(built, vlm):
     """In float32, each relative to its own largest value."""
     questions = tiny_world.load(n=20)
@@ -57,6 +58,7 @@ def test_features_scores_and_logits_are_near(built, vlm):
         assert abs(theirs - ours).max() < 1e-4 * abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_the_world_of_the_page_is_the_scenes_own(built):
     world = built.world
     assert len(world["scenes"]) == 40 and len({scene["name"] for scene in world["scenes"]}) == 40
@@ -87,3 +89,40 @@ def test_every_note_links_the_line_of_its_function(tmp_path):
         assert note["name"].split(".")[-1] in line
     with pytest.raises(ValueError, match="there is no such thing"):
         line_of(ROOT / "common.py", "FrozenVLM.see")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--methods", "magic"], "known are"),
+    (["--methods", "fastv"], "one reading of the encoder, or by none"),
+    (["--methods", "divprune"], "reads 'projected': the page shows one number a token"),
+    (["--methods", "downsample"], "one reading of the encoder, or by none"),
+    (["--methods", "evidence"], "one reading of the encoder, or by none"),
+    (["--methods", "vispruner"], "'vispruner' does not rank"),
+    (["--model", "tiny/qwen2_5_vl"], "expected a LLaVA-1.5 that knows the words"),
+    (["--scenes", "0"], "at least 1"),
+])
+def test_what_the_page_cannot_show_is_said(args, message, tmp_path):
+    """Before a package is wanted that only the page needs."""
+    with pytest.raises(ValueError, match=message):
+        main([*args, "--out", str(tmp_path), *([] if "--scenes" in args else ["--scenes", "2"])])
+
+
+@pytest.mark.slow
+def test_a_price_that_is_told_reaches_the_memory(vlm, tmp_path):
+    """Of a selector of another configuration than the shipped one: it has one more input."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="see page/README.md")
+    found = [runs.load_selector(run, vlm) for run in selectors()]
+    about = next(about for selector, about in found if selector.adaptive)
+    module = runs.load_method(about["method"])
+    selector = module.Method(module.Config(**{**about["cfg"], "price": "told"})).eval()
+    given = {"feats": torch.randn(1, 144, vlm.width), "words": torch.randn(1, 7, vlm.dim),
+             "fallen": torch.tensor([[.7]])}
+    save(Begin(selector), tmp_path / "begin.onnx", given, ["memory", "a", "b", "c"], {"words": 1})
+    model = onnxruntime.InferenceSession(tmp_path / "begin.onnx")
+    for fallen in (.7, .1):
+        given["fallen"] = torch.tensor([[fallen]])
+        memory = model.run(None, {name: x.numpy() for name, x in given.items()})[0]
+        here, there = (torch.ones(x.shape[:2]).bool() for x in (given["feats"], given["words"]))
+        with torch.no_grad():
+            expected = selector.memory(given["feats"], here, given["words"], there, fallen=fallen)
+        assert abs(expected.numpy() - memory).max() < 1e-4
