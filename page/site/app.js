@@ -36,7 +36,6 @@ function askWorker(what, job = {}) {
 }
 
 function hear({data}) {
-  if (data.ready) return begin();
   if (data.broken) return broken(`The models cannot be loaded: ${data.broken}.`);
   const {done, fail} = pending.get(data.id);
   pending.delete(data.id);
@@ -62,13 +61,15 @@ async function pixelsOf(name) {
 function showPixels(pixels) {
   state.pixels = pixels;
   state.drawn = (state.drawn ?? 0) + 1;
-  base.getContext("2d").putImageData(new ImageData(new Uint8ClampedArray(pixels), world.side), 0, 0);
+  const image = new ImageData(new Uint8ClampedArray(pixels), world.side);
+  base.getContext("2d").putImageData(image, 0, 0);
 }
 
 async function chooseScene(number) {
   stopPlaying();
-  const given = world.scenes[number];
+  const given = world.scenes[state.wanted = number];
   const pixels = await pixelsOf(given.name);
+  if (number !== state.wanted) return;                 // another was chosen meanwhile
   Object.assign(state, {number, edited: false, chosen: -1, orders: null, fresh: false,
                         scene: {things: structuredClone(given.things)}});
   showPixels(pixels);
@@ -147,9 +148,14 @@ function setQuestion(text) {
   $("question").value = text;
   const words = wordsOf(text), foreign = [...new Set(words.filter(w => !(w in world.vocabulary)))];
   let says = "";
-  if (!words.length) says = "Ask something: choose a question below, or type one.";
-  else if (words.length > MOST_WORDS) says = `A question of ${words.length} words: at most ${MOST_WORDS}, please.`;
-  else if (foreign.length) says = `The model cannot read ${foreign.map(w => `“${w}”`).join(", ")}: it knows ${Object.keys(world.vocabulary).length} words, listed below.`;
+  if (!words.length) {
+    says = "Ask something: choose a question below, or type one.";
+  } else if (words.length > MOST_WORDS) {
+    says = `A question of ${words.length} words: at most ${MOST_WORDS}, please.`;
+  } else if (foreign.length) {
+    says = `The model cannot read ${foreign.map(word => `“${word}”`).join(", ")}: `
+      + `it knows ${Object.keys(world.vocabulary).length} words, listed below.`;
+  }
   state.question = says ? "" : words.join(" ");
   state.ids = says ? null : words.map(word => world.vocabulary[word]);
   state.wrong = says;
@@ -200,7 +206,7 @@ function countOf(method, episode) {
   return episode.picks.length;
 }
 
-// piT of Eq. (6), the stop bias added.
+// pi_t of Eq. (6), the stop bias added.
 function policy(method, episode, t) {
   const {stop_bias} = steering(method), row = Float64Array.from(episode.logits[t]);
   const stop = row.length - 1;
@@ -413,9 +419,10 @@ function drawPlayer() {
   let says = "Ask a question to see it pick.";
   if (episode) {
     const pick = episode.picks[step - 1], n = world.grid;
-    says = !step ? `It will keep ${count} patches.` : step > count
-      ? `Step ${step}: it points at stop. ${count} patches are kept.`
-      : `Step ${step}: it points at patch ${pick}, row ${Math.floor(pick / n) + 1}, column ${pick % n + 1}, with ${Math.round(100 * now[pick])} %.`;
+    says = !step ? `It will keep ${count} patches.`
+      : step > count ? `Step ${step}: it points at stop. ${count} patches are kept.`
+        : `Step ${step}: it points at patch ${pick}, row ${Math.floor(pick / n) + 1}, `
+          + `column ${pick % n + 1}, with ${Math.round(100 * now[pick])} %.`;
   }
   $("step-says").textContent = says;
   drawChart(method, episode, most, step);
@@ -428,8 +435,9 @@ function drawChart(method, episode, most, step) {
   const wide = 480 / most;
   chart.innerHTML = Array.from({length: most}, (_, t) => {
     const height = Math.max(118 * policy(method, episode, t).at(-1), 1.5);
-    return `<rect class="${t + 1 === step ? "now" : t < step ? "past" : ""}" x="${t * wide + wide * .1}"
-      y="${120 - height}" width="${wide * .8}" height="${height}"/>`;
+    const when = t + 1 === step ? "now" : t < step ? "past" : "";
+    return `<rect class="${when}" x="${(t + .1) * wide}" y="${120 - height}"
+      width="${wide * .8}" height="${height}"/>`;
   }).join("");
   chart.setAttribute("aria-label", `Probability of stop at each of ${most} steps`);
 }
@@ -465,8 +473,8 @@ function goTo(step, isPlaying = false) {
 // ------------------------------------------------------------------------------------ the editor
 
 function scenePoint(event) {
-  const box = $("scene").getBoundingClientRect();
-  return [(event.clientX - box.left), (event.clientY - box.top)].map(c => c * world.side / box.width);
+  const {left, top, width} = $("scene").getBoundingClientRect(), scale = world.side / width;
+  return [(event.clientX - left) * scale, (event.clientY - top) * scale];
 }
 
 function showTools() {
@@ -482,10 +490,15 @@ function showTools() {
   const n = state.scene.things.length, most = world.most + 2;
   let says = thing ? `Chosen: ${nameOf(thing)}, ${world.cellOf(thing)}.`
     : "Click a thing to change it, drag it to move it.";
-  if (!n) says = "This scene is empty, there is nothing to see: add a thing, or reset.";
-  else if (n >= MOST_THINGS) says = `${n} things, and no more fit. The models have never seen more than ${most}.`;
-  else if (n > most) says = `${n} things: the models have never seen more than ${most}, do not trust their answers.`;
-  else if (overlap()) says = "Two things overlap, which the models have never seen.";
+  if (!n) {
+    says = "This scene is empty, there is nothing to see: add a thing, or reset.";
+  } else if (n >= MOST_THINGS) {
+    says = `${n} things, and no more fit. The models have never seen more than ${most}.`;
+  } else if (n > most) {
+    says = `${n} things: the models have never seen more than ${most}, do not trust them.`;
+  } else if (overlap()) {
+    says = "Two things overlap, which the models have never seen.";
+  }
   $("scene-says").textContent = says;
 }
 
@@ -506,11 +519,18 @@ function move(thing, x, y) {
   thing.box = [left, top, left + w, top + h];
 }
 
-function addThing(kind = state.kind ?? world.shapes[0], colour = state.colour ?? world.colourNames[0]) {
+// A thing of this kind gets its size and, if it is a sign, letters.
+function become(thing, kind) {
+  const isSign = kind === "sign", [x, y] = thing.box, [w, h] = isSign ? [48, 18] : [26, 26];
+  Object.assign(thing, {kind, text: isSign ? "KEY" : "", box: [x, y, x + w, y + h]});
+  move(thing, x, y);
+}
+
+function addThing() {
   if (state.scene.things.length >= MOST_THINGS) return showTools();
-  const isSign = kind === "sign", side = isSign ? [48, 18] : [26, 26];
-  const thing = {kind, colour, text: isSign ? "KEY" : "", fill: world.colours[colour],
-                 box: [0, 0, ...side]};
+  const colour = state.colour ?? world.colourNames[0];
+  const thing = {colour, fill: world.colours[colour], box: [0, 0]};
+  become(thing, state.kind ?? world.shapes[0]);
   const free = ([x, y]) => {
     move(thing, x, y);
     return !state.scene.things.some(each => meet(each.box, thing.box));
@@ -534,14 +554,8 @@ function change(what, value) {
   const thing = state.scene.things[state.chosen];
   if (!thing) return showTools();
   if (what === "colour") Object.assign(thing, {colour: value, fill: world.colours[value]});
-  if (what === "kind" && (value === "sign") !== Boolean(thing.text)) {
-    const side = value === "sign" ? [48, 18] : [26, 26], [x, y] = thing.box;
-    Object.assign(thing, {kind: value, text: value === "sign" ? "KEY" : "",
-                          box: [x, y, x + side[0], y + side[1]]});
-    move(thing, x, y);
-  } else if (what === "kind") {
-    thing.kind = value;
-  }
+  if (what === "kind" && (value === "sign") !== Boolean(thing.text)) become(thing, value);
+  else if (what === "kind") thing.kind = value;
   edited();
 }
 
@@ -574,7 +588,8 @@ function buildEditor() {
   };
   canvas.onpointerup = canvas.onpointercancel = () => { grip = null; };
   canvas.onkeydown = event => {
-    const thing = state.scene.things[state.chosen], by = event.shiftKey ? 12 : thing?.text ? 12 : 3;
+    const thing = state.scene.things[state.chosen];
+    const by = event.shiftKey || thing?.text ? world.cell : 3;
     const steps = {ArrowLeft: [-by, 0], ArrowRight: [by, 0], ArrowUp: [0, -by], ArrowDown: [0, by]};
     if (event.key.toLowerCase() === "n" && state.scene.things.length) {
       state.chosen = (state.chosen + 1) % state.scene.things.length;
@@ -605,12 +620,13 @@ function buildEditor() {
     button.append(icon(name));
     return button;
   }));
-  $("add").onclick = () => addThing();
+  $("add").onclick = addThing;
   $("remove").onclick = removeThing;
   $("reset").onclick = () => chooseScene(state.number);
   $("letters").oninput = () => {
     const thing = state.scene.things[state.chosen];
-    const text = [...$("letters").value.toUpperCase()].filter(c => world.letters.includes(c)).join("");
+    const letters = [...$("letters").value.toUpperCase()];
+    const text = letters.filter(letter => world.letters.includes(letter)).join("");
     if (text.length < 3 || !thing) {
       $("scene-says").textContent = `A sign has three letters of ${world.letters}.`;
       return;
@@ -734,7 +750,8 @@ function build() {
   buildEditor();
   buildSliders();
   $("theme").onclick = () => {
-    const root = document.documentElement, isDark = getComputedStyle(root).getPropertyValue("--is-dark");
+    const root = document.documentElement;
+    const isDark = getComputedStyle(root).getPropertyValue("--is-dark");
     root.dataset.theme = Number(isDark) ? "light" : "dark";
     readTheme();
     redraw();
@@ -743,22 +760,22 @@ function build() {
   readTheme();
 }
 
-function begin() {
-  document.documentElement.dataset.ready = "yes";
-}
-
 async function start() {
   if (!$("broken").hidden) return;
   worker = new Worker("worker.js", {type: "module"});
   worker.onmessage = hear;
-  worker.onerror = event => broken(`The models cannot be started: ${event.message ?? "no worker"}.`);
+  worker.onerror = event => broken(`The models cannot start: ${event.message ?? "no worker"}.`);
   const answer = await fetch("world.json");
   if (!answer.ok) throw new Error(`world.json: ${answer.status} ${answer.statusText}`);
   world = new World(await answer.json());
-  world.known = Object.fromEntries(Object.entries(world.vocabulary).map(([word, id]) => [id, word]));
-  world.controls ??= {};
+  world.known = Object.fromEntries(
+    Object.entries(world.vocabulary).map(([word, id]) => [id, word]));
   build();
   await chooseScene(0);
 }
 
+// such as a scene that a host does not send
+addEventListener("unhandledrejection", event => {
+  $("scene-says").textContent = `This did not work: ${event.reason?.message ?? event.reason}.`;
+});
 start().catch(error => broken(`The page cannot start: ${error.message}.`));

@@ -71,7 +71,8 @@ async function point({method, ids, fallen}, isLate) {
     return {order: ranking((await (await model(method)).run(given)).scores.data)};
   }
   const begin = await model(`${method}_begin`), pick = await model(`${method}_pick`);
-  const given = {feats: seen.feats, words: asked, fallen: float(new Float32Array([fallen]), [1, 1])};
+  const given = {feats: seen.feats, words: asked,
+                 fallen: float(Float32Array.of(fallen), [1, 1])};
   for (const name in given) if (!begin.inputNames.includes(name)) delete given[name];
   const {memory, ...keys} = await begin.run(given);
   const [, slots, width] = memory.dims, stop = slots - 1, closed = new Uint8Array(slots);
@@ -123,8 +124,7 @@ async function answer({ids, keep, limit}, isLate) {
 
 const doing = {see, point, answer};
 let queue = load();
-queue.then(() => self.postMessage({ready: true}),
-           error => self.postMessage({broken: String(error.message ?? error)}));
+queue.catch(error => self.postMessage({broken: String(error.message ?? error)}));
 
 self.onmessage = ({data}) => {
   const lane = `${data.do} ${data.lane ?? ""}`;

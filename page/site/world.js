@@ -1,7 +1,7 @@
 // The tiny world in the browser: what is true of a scene, and its pixels after a change.
 // A port of tiny/scenes.py, as far as it is needed; world.json brings the names and letters.
 //
-//   scene      {things, ...}; a thing is {kind, colour, box: [left, top, right, bottom], text, fill}
+//   scene      {things}; a thing is {kind, colour, box: [left, top, right, bottom], text, fill}
 //   truth      {family, answer, evidence: indices of things}, or {why} where the world does not ask
 
 export class World {
@@ -26,7 +26,8 @@ export class World {
               + (found.length ? ", the world asks about one" : " here")};
     let m;
     if (text === this.caption) {
-      return {family: "caption", answer: this.captionOf(scene), evidence: scene.things.map((_, i) => i)};
+      return {family: "caption", answer: this.captionOf(scene),
+              evidence: scene.things.map((_, i) => i)};
     }
     if ((m = match(`is there a ${name} \\?`))) {
       const found = called(m[1], m[2]);
