@@ -54,12 +54,18 @@ What differs from the paper, or what it leaves open [ours]
   over [v; text] in this order: no image token sees the question.
 """
 
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.hf_argparser import HfArg
 
 import autoselect
@@ -259,6 +265,20 @@ class DecoderLayer(nn.Module):
                 nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
+class Cache:
+    """Keys and values of the picks so far, of every layer."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def add(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The newest picks' (B, heads, S, C / heads), of a layer -> those of all picks."""
+        if layer in self.kept:
+            new = tuple(torch.cat(pair, 2) for pair in zip(self.kept[layer], new))
+        self.kept[layer] = new
+        return new
+
+
 class Decoder(nn.Module):
     """One step at a time from a cache, or all at once where the picks are known.   Eqs. (5), (6)"""
 
@@ -271,29 +291,34 @@ class Decoder(nn.Module):
     def project(self, memory: Tensor) -> list:
         """Keys and values of M for every layer, made once an episode; of the last only keys."""
         return [layer.cross.keys(memory) for layer in self.layers[:-1]] + [
-            self.layers[-1].key(memory)]
+            full_precision(self.layers[-1].key(memory))]
 
-    def forward(self, x: Tensor, cache: list, projected: list, is_open: Tensor) -> Tensor:
-        """x (B, S, C), the newest S picks -> pointer logits (B, S, N+1).
+    def forward(self, x: Tensor, cache: Cache, projected: list, is_open: Tensor,
+                seen: Tensor | None = None) -> Tensor:
+        """x (B, S, C), the newest S picks -> pointer logits (B, S, N+1), at least float32.
 
-        cache: of each layer the keys and values of the picks before, None for none; grown here.
-        is_open (B, N+1): False at padding, which no cross-attention may read.
+        cache: of the picks before; grown here. is_open (B, N+1): False at padding, which no
+        cross-attention may read. seen (S, T): which picks of the cache each one sees, by default
+        those up to itself.
         """
-        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        if seen is None and x.shape[1] > 1:
+            seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
         for i, layer in enumerate(self.layers):
-            new = layer.own.keys(layer.norm(x))
-            if cache[i] is not None:
-                new = tuple(torch.cat(pair, 2) for pair in zip(cache[i], new))
-            cache[i] = new
-            x = x + layer.own(layer.norm(x), *cache[i], seen if x.shape[1] > 1 else None)
+            k, v = cache.add(i, layer.own.keys(layer.norm(x)))
+            x = x + layer.own(layer.norm(x), k, v, seen)
             if layer is not self.layers[-1]:
                 x = x + layer.cross(layer.cross_norm(x), *projected[i], is_open[:, None, None])
                 x = x + layer.feed_forward(layer.forward_norm(x))
-        q = layer.query(layer.cross_norm(x))
+        q = full_precision(layer.query(layer.cross_norm(x)))
         return q @ projected[-1].mT / q.shape[-1] ** 0.5
 
 
 # ------------------------------------------------------------------------------------ Eqs. (6)-(9)
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """At least float32: logits of half precision would be equal by the dozen."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pointer(logits: Tensor, m: Tensor, tau: float) -> Tensor:
@@ -324,7 +349,7 @@ def straight_through(pi: Tensor, memory: Tensor, picks: Tensor) -> Tensor:
     Its value is the hard pick, exactly; its gradient reaches pi_t as if all slots had been
     blended. M receives both: the pick's own and the blend's.
     """
-    soft = pi @ memory
+    soft = pi.to(memory.dtype) @ memory
     return slots(memory, picks) + (soft - soft.detach())
 
 
@@ -332,6 +357,115 @@ def log_probability(pi: Tensor, picks: Tensor, on: Tensor) -> Tensor:
     """log pi(S) (B,) of the episodes.                                                    Eq. (9)"""
     of_pick = pi.gather(2, picks.unsqueeze(2)).squeeze(2)
     return of_pick.log().masked_fill(~on, 0).sum(1)
+
+
+# ------------------------------------------------------------------------------------ picks alone
+
+EVERY = 16                                # picks of a captured graph [ours]
+MOST_GRAPHS = 4                           # shapes whose graphs a selector keeps [ours]
+
+
+class Episode:
+    """What StepPrune.rollout() picks, Eqs. (5)-(8) without gradient and blend, in tensors that are
+    written over: no shape grows and nothing waits for the device.
+
+    So a pick compiles whole, and on CUDA `every` picks are one captured graph. A row goes on behind
+    its stop, which is read off afterwards. `most` is T, rounded up to whole graphs.
+    """
+
+    def __init__(self, decoder: Decoder, tau: float, memory: Tensor, start: Tensor, valid: Tensor,
+                 stop_bias: float, least: int, most: int, every: int = 1):
+        self.decoder, self.tau, self.every, self.graph = decoder, tau, every, None
+        self.most = self.upto = -(-most // every) * every
+        rows, n, width = memory.shape
+        self.memory, self.projected = memory, decoder.project(memory)
+        self.is_open = with_stop(valid)
+        self.m = full_precision(memory.new_zeros(rows, n)).masked_fill(~self.is_open, -torch.inf)
+        self.m[:, -1] = -torch.inf                             # one token at least
+        self.bias = torch.zeros_like(self.m[0])
+        self.bias[-1] = stop_bias
+        self.x = start.repeat(rows, 1, 1)                      # e_t-1
+        heads = decoder.layers[0].own.heads
+        self.own = [[memory.new_zeros(rows, heads, self.most, width // heads) for _ in "kv"]
+                    for _ in decoder.layers]
+        self.turns = torch.arange(self.most, device=memory.device)
+        self.t, self.least = (torch.full_like(self.turns[:1], number) for number in (0, least))
+        self.picks = torch.zeros_like(self.turns).repeat(rows, 1)
+        self.margin = self.m.new_zeros(rows, self.most)
+        self.stopped = torch.zeros_like(valid[:, 0])
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves(vars(self)) if isinstance(x, Tensor)]
+
+    def add(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cache.add(), into the place of this pick."""
+        for kept, x in zip(self.own[layer], new):
+            kept.index_copy_(2, self.t, x)
+        return tuple(kept[:, :, :self.upto] for kept in self.own[layer])
+
+    def step(self) -> None:
+        """A pick of every row."""
+        seen = self.turns[None, :self.upto] <= self.t
+        logits = self.decoder(self.x, self, self.projected, self.is_open, seen)[:, 0]
+        pi = pointer(logits + self.bias, self.m, self.tau)
+        pick = pi.argmax(-1, keepdim=True)                                 # Eq. (7)
+        margin = (logits + self.m)[:, :-1].amax(1, keepdim=True) - logits[:, -1:]
+        self.picks.index_copy_(1, self.t, pick)
+        self.margin.index_copy_(1, self.t, margin)
+        self.stopped.logical_or_(pick[:, 0] == logits.shape[1] - 1)
+        self.x.copy_(slots(self.memory, pick))
+        self.m.scatter_(1, pick, -torch.inf)                               # Eq. (8)
+        self.t.add_(1)
+        self.m[:, -1] = torch.where(self.t < self.least, -torch.inf, 0.)
+
+    def run(self, may_stop: bool) -> tuple[Tensor, Tensor]:
+        """picks, margin (B, T'), until all rows have stopped, if they may."""
+        for made in range(self.every, self.most + 1, self.every):
+            if self.graph:
+                self.graph.replay()
+            else:
+                self.upto = self.upto if self.every > 1 else made
+                for _ in range(self.every):
+                    self.step()
+            if may_stop and self.stopped.all():
+                break
+        return self.picks[:, :made].clone(), self.margin[:, :made].clone()
+
+    def capture(self, step: Callable) -> "Episode":
+        """One of the same shapes whose picks are a graph; step: as above, or compiled."""
+        other = copy(self)
+        vars(other).update(tree_map_only(Tensor, torch.clone, vars(self)))
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step(other)                                        # compiles, and warms up
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(self.every):
+                step(other)
+        other.graph = graph
+        return other
+
+    def restart(self, like: "Episode") -> "Episode":
+        """Go on as another episode of the same shapes."""
+        for mine, x in zip(self.tensors(), like.tensors()):
+            mine.copy_(x)
+        return self
+
+
+@cache
+def compiled_step() -> Callable:
+    """Episode.step() in some twenty kernels."""
+    step = torch.compile(Episode.step, fullgraph=True, options={"coordinate_descent_tuning": True})
+
+    def run(episode: Episode) -> None:
+        with sdpa_kernel(SDPBackend.MATH):                     # plain sums, which are fused
+            step(episode)
+    return run
+
+
+GRAPHS = WeakKeyDictionary()              # of each StepPrune: its captured episodes by shape
 
 
 # ------------------------------------------------------------------------------------ Eq. (10)
@@ -445,6 +579,8 @@ class StepPrune(NoiseGate):
             self.told = nn.Sequential(nn.Linear(1, cfg.width), nn.GELU(),
                                       nn.Linear(cfg.width, cfg.width))
         self.register_buffer("k_bar", torch.zeros(()))          # 0: no step seen yet
+        # on CUDA: half a minute for each shape, then faster picks; pays where rows come one by one
+        self.compiled = False
 
     # -------------------------------------------------------------------------------- training
 
@@ -558,11 +694,7 @@ class StepPrune(NoiseGate):
                 most: int | None = None) -> Rollout:
         """One episode a row of at least `least` picks, at most `most`, by default max_steps, and at
         most as many as there are tokens. It ends when all rows have stopped.       Eqs. (2), (7)"""
-        fewest = int(valid.sum(1).min())
-        most = min(self.cfg.max_steps if most is None else most, valid.shape[1])
-        if not 1 <= least <= min(most, fewest):
-            raise ValueError(f"least={least}, most={most}: expected 1 <= least <= most and least "
-                             f"<= {fewest} tokens")
+        most = self.length(valid, least, most)
         is_open = with_stop(valid)
         m = torch.zeros_like(memory[..., 0]).masked_fill(~is_open, -torch.inf)
         bias = torch.zeros_like(m)
@@ -571,7 +703,7 @@ class StepPrune(NoiseGate):
         not_yet[:, -1] = -torch.inf
 
         projected = self.decoder.project(memory)
-        cache = [None] * len(self.decoder.layers)
+        cache = Cache()
         x = self.start.expand(len(m), 1, -1)
         has_stopped = torch.zeros_like(valid[:, 0])
         steps = []
@@ -587,6 +719,16 @@ class StepPrune(NoiseGate):
             x = straight_through(pi[:, None], memory, pick[:, None])
             m = close(m, pick)
         return Rollout(*(torch.stack(column, 1) for column in zip(*steps)))
+
+    def length(self, valid: Tensor, least: int, most: int | None) -> int:
+        """The most picks of an episode. Raises ValueError where there cannot be as few or as many.
+        """
+        fewest = int(valid.sum(1).min())
+        most = min(self.cfg.max_steps if most is None else most, valid.shape[1])
+        if not 1 <= least <= min(most, fewest):
+            raise ValueError(f"least={least}, most={most}: expected 1 <= least <= most and least "
+                             f"<= {fewest} tokens")
+        return most
 
     def replay(self, memory: Tensor, valid: Tensor, picks: Tensor, hops: int = 0,
                least: int = 1) -> Tensor:
@@ -606,13 +748,45 @@ class StepPrune(NoiseGate):
         fed = slots(memory, before)
         for _ in range(hops + 1):
             x = torch.cat([start, fed], 1)
-            cache = [None] * len(self.decoder.layers)
-            logits = self.decoder(x, cache, projected, is_open)
+            logits = self.decoder(x, Cache(), projected, is_open)
             pi = pointer(logits, m, self.cfg.tau_pointer)
             fed = straight_through(pi[:, :-1], memory, before)
         return pi
 
     # -------------------------------------------------------------------------------- evaluation
+
+    @torch.no_grad()
+    def episode(self, memory: Tensor, valid: Tensor, stop_bias: float = 0.0, least: int = 1,
+                most: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """picks and margin of rollout(), and how many picks of each row come before stop (B,);
+        without pi, and fast, see Episode. On CUDA there may be columns behind the last stop."""
+        most = self.length(valid, least, most)
+        episode = Episode(self.decoder, self.cfg.tau_pointer, memory, self.start, valid, stop_bias,
+                          least, most, EVERY if memory.is_cuda else 1)
+        if memory.is_cuda:
+            episode = self.captured(episode)
+        picks, margin = episode.run(may_stop=stop_bias > NEVER or not memory.is_cuda)
+        picks, margin = picks[:, :most], margin[:, :most]
+        return picks, margin, ((picks == valid.shape[1]).cumsum(1) == 0).sum(1)
+
+    def captured(self, episode: Episode) -> Episode:
+        """The same as a CUDA graph, which stays for further ones of its shapes; as it was where
+        that fails, which is said once."""
+        kept = GRAPHS.setdefault(self, {})
+        key = (self.compiled, *((x.shape, x.dtype) for x in episode.tensors()),
+               *(p.data_ptr() for p in self.decoder.parameters()))
+        if key not in kept:
+            while len(kept) >= MOST_GRAPHS:
+                kept.pop(next(iter(kept)))
+            kept[key] = None
+            for step in [compiled_step(), Episode.step] if self.compiled else [Episode.step]:
+                try:
+                    kept[key] = episode.capture(step)
+                    break
+                except Exception as error:          # whatever a device or compiler cannot do
+                    print(f"StepPrune picks more slowly: {type(error).__name__}: "
+                          f"{str(error).splitlines()[0][:100]}")
+        return kept[key].restart(episode) if kept[key] else episode
 
     @torch.no_grad()
     def picks(self, units, question, stop_bias: float = 0.0, least: int = 1,
@@ -621,8 +795,8 @@ class StepPrune(NoiseGate):
         if not abs(stop_bias) < torch.inf:
             raise ValueError(f"stop_bias={stop_bias}: expected a finite number")
         memory, valid = self.memory_of(units, question, fallen)
-        episode = self.rollout(memory, valid, stop_bias, least, most)
-        return [row[:n] for row, n in zip(episode.picks, episode.count.tolist())]
+        order, _, count = self.episode(memory, valid, stop_bias, least, most)
+        return [row[:n] for row, n in zip(order, count.tolist())]
 
     def memory_of(self, units, question, fallen: float = 0.0) -> tuple[Tensor, Tensor]:
         """memory() and valid. Raises ValueError where it is not finite: all logits would be NaN,
@@ -673,7 +847,7 @@ class StepPrune(NoiseGate):
         for units, question in batches:
             for fallen in falls:
                 memory, valid = self.memory_of(units, question, fallen)
-                margin = self.rollout(memory, valid, NEVER, most=most).margin
+                margin = self.episode(memory, valid, NEVER, most=most)[1]
                 rest = most - margin.shape[1]
                 margins[fallen].append(F.pad(margin, (0, rest), value=-torch.inf))   # no token left
             tokens += valid.sum(1).tolist()

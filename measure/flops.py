@@ -16,6 +16,7 @@ conventions, in every table:
 Half of either is the number of multiply-adds (MACs), which others print as "FLOPs".
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -31,6 +32,8 @@ from measure import shapes
 
 # visual tokens -> TFLOPs that a paper's tables print for LLaVA-1.5-7B, arXiv:2603.07135
 PRINTED = {576: 8.89, 64: 2.13}
+# the same for LLaVA-NeXT, Vicuna-7B, of the reconstruction paper's Table 1
+PRINTED_NEXT = {2880: 21, 1440: 10, 1152: 8, 640: 4, 320: 2, 160: 1}
 
 # ------------------------------------------------------------------ the methods
 
@@ -46,6 +49,28 @@ def build_methods(vlm, **options) -> dict[str, torch.nn.Module]:
         config = module.Config.of(vlm, **{key: chosen[key] for key in chosen if key in known})
         selectors[module.Method.__name__] = module.Method(config).train()
     return selectors
+
+
+def method_options(texts: list[str]) -> dict:
+    """NAME=VALUE as keywords of the methods' Configs. Raises ValueError for one that no method has,
+    or whose value its method does not take."""
+    chosen = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"options={text!r}: expected NAME=VALUE")
+        try:
+            chosen[name] = json.loads(value)
+        except ValueError:
+            chosen[name] = value                              # a word
+    known = set()
+    for config in (runs.load_method(name).Config for name in runs.method_names()):
+        names = {option.name for option in fields(runs.options_class(config))}
+        config(**{name: value for name, value in chosen.items() if name in names})
+        known |= names
+    if unknown := sorted({*chosen} - known):
+        raise ValueError(f"options={unknown}: no method has such an option")
+    return chosen
 
 
 # ------------------------------------------------------------------ counting
@@ -147,6 +172,46 @@ def qwen_stages(model, rows: int, columns: int) -> tuple[int, Callable]:
     return whole - merge(n // per_unit), merge
 
 
+# ------------------------------------------------------------------ a paper's FLOPs
+
+
+def paper_flops(visual: int, matrices: int = 2, sampled: int = 0) -> float:
+    """The reconstruction paper's count for the visual tokens alone (Section 5.3), a multiply-add
+    counted once.
+
+    matrices: of the language model's feed-forward; 2 in the printed formula, 3 with the gate it
+    really has. sampled: visual tokens, in crops of 576, that the selector's four blocks of CLIP-L's
+    width read.
+    """
+    def layer(n, d, m, matrices):
+        return 4 * n * d ** 2 + 2 * n ** 2 * d + matrices * n * d * m
+    selector = sampled / 576 * 4 * layer(576, 1024, 4096, 2)
+    return 32 * layer(visual, 4096, 11008, matrices) + selector
+
+
+def paper_table(selectors: dict[str, torch.nn.Module], vlm, text: int = 20) -> str:
+    """Table 1's TFLOPs beside three counts of ours, as Markdown. The last is one for each selector,
+    whose selection from five crops it includes.
+
+    vlm: LLaVA-NeXT on the meta device
+    """
+    head = ["visual tokens", "paper prints", "its formula, 2 n d m", "... with the gate, 3 n d m",
+            *(f"counted, 2 per multiply-add, {name} included" for name in selectors)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    crops, n = 5, 576
+    whole = crops * n
+    for k, printed in PRINTED_NEXT.items():
+        sampled = whole if k < whole else 0
+        cells = [paper_flops(k, 2, sampled), paper_flops(k, 3, sampled)]
+        language, _ = count(lambda k=k: vlm.lm(inputs_embeds=empty(1, k, vlm.dim), use_cache=True))
+        for selector in selectors.values():
+            own = selection(selector, crops, n, k, vlm.dim, text) if k < whole else 0
+            cells.append(language + own)
+        lines.append("| " + " | ".join([str(k), str(printed), *(f"{x / 1e12:.1f}" for x in cells)])
+                     + " |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------ tables
 
 
@@ -195,7 +260,10 @@ def backbones(text: int = 70, side: tuple[int, int] = (980, 1288)) -> str:
               table(vlm, clip_stages(vlm.model, 1), [576, 192, 128, 64], text, printed=PRINTED)]
     vlm = shapes.load("llava-next-vicuna-7b", device="meta")
     tables += ["llava-next-vicuna-7b: five views of 576 units, newlines not counted.",
-               table(vlm, clip_stages(vlm.model, 5), [2880, 640, 320, 160], text, views=5)]
+               table(vlm, clip_stages(vlm.model, 5), [2880, 640, 320, 160], text, views=5),
+               "The same, what the reconstruction paper prints in its Table 1 beside its formula "
+               "and a count of the language model and the selection:",
+               paper_table(build_methods(vlm), vlm)]
     for name in ("qwen2.5-vl-7b", "qwen3-vl-8b"):
         vlm = shapes.load(name, device="meta")
         rows, columns = (2 * round(pixels / vlm.unit_side) for pixels in side)

@@ -11,7 +11,6 @@ is timed is its rule in front of one random layer of that width. Only ratios mea
 
 import importlib
 import sys
-import time
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -24,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 import runs
 from backbones.checkpoints import check_device
-from measure.speed import markdown
+from measure.speed import markdown, seconds
 
 WIDTH = 1024                               # of CLIP-L [ours]
 HEADS = 16
@@ -137,15 +136,6 @@ def measure(options) -> tuple[list[list[str]], list[str]]:
         rows.append(row + ([f"{ms[1] / ms[0]:.2f}", "yes" if same else "NO"]
                            if options.against else []))
     return rows, head
-
-
-def seconds(call, device) -> float:
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    call()
-    wait()
-    return time.perf_counter() - start
 
 
 def main(args: list[str]) -> str:

@@ -378,11 +378,11 @@ def write(name: str, folder, shrink: bool = False, layers: int = 0, weights: boo
     return str(folder)
 
 
-def load(name: str, shrink: bool = False, **how) -> FrozenVLM:
-    """The backbone with random weights; how: dtype, device and attn of FrozenVLM.from_pretrained().
-    On the device "meta" it has shapes alone, in no memory."""
+def load(name: str, shrink: bool = False, layers: int = 0, **how) -> FrozenVLM:
+    """The backbone with random weights; shrink, layers: as in config(); how: dtype, device and attn
+    of FrozenVLM.from_pretrained(). On the device "meta" it has shapes alone, in no memory."""
     with tempfile.TemporaryDirectory() as folder:
-        path = write(name, Path(folder) / name, shrink)
+        path = write(name, Path(folder) / name, shrink, layers)
         return FrozenVLM.from_pretrained(path, random_weights=True, **how)
 
 

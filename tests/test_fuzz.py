@@ -67,7 +67,7 @@ BASES = {
     "measure/rivals_speed.py": ["--methods", "divprune", "--tokens", "9", "--batches", "1",
                                 "--pairs", "1", "--out", "{new}/speed.md", *CPU],
     "measure/shapes.py": ["llava-1.5-7b", "{new}"],
-    "measure/speed.py": ["--out", "{new}", *CPU],
+    "measure/speed.py": ["--out", "{new}/speed", *CPU],
     "measure/spread.py": ["{answers}", "--out", "{new}"],
     "measure/training_curves.py": ["{logged}", "--out", "{new}/curves.png"],
     "tiny/benchmarks.py": ["{new}"],
@@ -112,7 +112,7 @@ TOGETHER = {
     "measure/rebuild.py": ["--run " + RUN],
     "measure/rivals_speed.py": ["--methods fastv pope", "--methods cls_attention"],
     "measure/likeness.py": ["--run {conditional}"],
-    "measure/speed.py": ["--budgets 16", "--budgets 16 999 --tokens 576"],
+    "measure/speed.py": ["--picks 99 --tokens 50", "qwen3-vl-8b", "nothing", "--options x=0"],
     "tiny/pretrain.py": ["--batch 3", "--language_batch 7", "--pool 65"],
 }
 

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+import re
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import HfArgumentParser
 
 import runs
@@ -317,6 +319,101 @@ def test_the_uncached_loop_takes_longer_by_a_ratio_that_is_only_reported(capsys)
     assert picks == net.rollout(memory, valid, -1e4).picks[0].tolist()
     with capsys.disabled():
         print(f"\nuncached / cached loop, N = 576, C = 128, 48 picks: {took[1] / took[0]:.1f}x")
+
+
+# ---- the fast loop
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("bias", [sp.NEVER, -1., 0., 1.])
+@pytest.mark.parametrize("layers, tau, least, most", [(1, 1., 1, 7), (2, .7, 3, 9), (3, 1., 2, 40)])
+def test_the_fast_loop_picks_what_the_plain_one_picks(layers, tau, least, most, bias, dtype):
+    """Rows of unlike length that stop at unlike steps, and margins, bit for bit, whatever the
+    number of picks a graph would hold, and in tensors that another episode has used."""
+    net = model(decoder_layers=layers, tau_pointer=tau).to(dtype)
+    v, valid, text, text_valid = inputs(4)
+    with torch.no_grad():
+        memory = net.memory(v.to(dtype), valid, text.to(dtype), text_valid)
+        plain = net.rollout(memory, valid, bias, least, most)
+    picks, margin, count = net.episode(memory, valid, bias, least, most)
+    assert torch.equal(picks, plain.picks) and torch.equal(margin, plain.margin)
+    assert torch.equal(count, plain.count) and margin.dtype == max(
+        dtype, torch.float32, key=lambda x: torch.finfo(x).bits)
+    most = min(most, 9)
+    used = sp.Episode(net.decoder, tau, memory.flip(0, 1), net.start, valid, 2., 1, most, every=4)
+    with torch.no_grad():
+        used.run(may_stop=False)
+        used.restart(sp.Episode(net.decoder, tau, memory, net.start, valid, bias, least, most, 4))
+        again, _ = used.run(may_stop=True)
+    width = min(again.shape[1], picks.shape[1])
+    assert torch.equal(again[:, :width], picks[:, :width]) and width >= plain.count.max()
+
+
+class Operators(TorchDispatchMode):
+    """Names of those that compute; views and the making of constants are none."""
+    views = {"_unsafe_view", "scalar_tensor"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = operator.name().split("::")[1].split(".")[0]
+        self.names += [] if operator.is_view or name in self.views else [name]
+        return operator(*args, **(kwargs or {}))
+
+
+def fresh(device="cpu", every=8, most=16):
+    """An episode of three rows with 19 tokens in float32, as yet without a pick."""
+    torch.manual_seed(0)
+    net = sp.StepPrune(replace(SMALL, width=64)).to(device).requires_grad_(False)
+    memory = torch.randn(3, 20, 64, device=device)
+    valid = torch.ones(3, 19, dtype=torch.bool, device=device)
+    return sp.Episode(net.decoder, 1., memory, net.start, valid, sp.NEVER, 1, most, every)
+
+
+def test_an_episode_waits_for_no_device_and_a_pick_is_few_operators():
+    """Tensors that hold no values would fail at the first look at one."""
+    assert [x.shape for x in fresh("meta").run(may_stop=False)] == [(3, 16)] * 2
+    episode, operators = fresh(), Operators()
+    with operators:
+        episode.step()
+    assert len(operators.names) <= 60, sorted(operators.names)
+
+
+@torch.no_grad()
+def test_a_pick_compiles_whole_and_once_for_all_episodes():
+    torch._dynamo.reset()
+    step = torch.compile(sp.Episode.step, fullgraph=True, backend="aot_eager")
+    plain = fresh()
+    first, second = fresh(), fresh()
+    for _ in range(9):
+        for run in (lambda: step(first), lambda: step(second), plain.step):
+            run()
+    assert torch.equal(first.picks, plain.picks) and torch.equal(second.picks, plain.picks)
+    assert all(len(set(row)) == 9 for row in plain.picks[:, :9].tolist())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_pick_is_at_most_30_kernels(monkeypatch):
+    """Fused ones, matrix products and attention together, in the program that is written for the
+    CPU; it is not translated here, which takes minutes."""
+    from torch._inductor.graph import GraphLowering  # slow to import
+
+    written = []
+
+    def stop_here(code):
+        written.append(code)
+        raise StopIteration
+    monkeypatch.setattr(GraphLowering, "save_output_code", stop_here)
+    torch._dynamo.reset()
+    step = torch.compile(sp.Episode.step, fullgraph=True, options={"fx_graph_cache": False})
+    with pytest.raises(Exception, match="StopIteration"):
+        step(fresh())
+    calls = [line for line in written[0].partition("def call(")[2].splitlines()
+             if re.match(r"\s+(\w+ = )?(cpp_fused|extern_kernels|torch\.ops)", line)]
+    assert 11 <= len(calls) <= 30, calls                        # eleven are linear maps
 
 
 def test_replay_gives_the_loops_pi_and_with_all_hops_its_gradient():

@@ -89,6 +89,32 @@ def test_each_merger_of_qwen3_is_counted_by_hand(one_thread):
     assert encoder == pytest.approx(27 * a_block + patches, rel=1e-3)
 
 
+class Counted(nn.Module):
+    """Selects by a product of the tokens with one another, in each view by itself."""
+
+    def __init__(self, width: int = 1024):
+        super().__init__()
+        self.cfg = type("Config", (), {"width": width})
+
+    def select(self, units: Units, question, keep: int) -> list[torch.Tensor]:
+        v, _ = units.apart().pad()
+        s = (v @ v.mT).sum((0, 2))
+        return [s.argsort()[:keep].sort().values for _ in units.grid]
+
+
+def test_flops_by_a_papers_convention_and_counted(one_thread):
+    vlm = shapes.load("llava-next-vicuna-7b", device="meta")
+    table = flops.paper_table({"One": Counted()}, vlm).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table[2:]]
+    for _, printed, _, gated, counted in cells:
+        assert abs(float(gated) - float(printed)) < .5
+        assert 1.75 < float(counted) / float(gated) < 2.1
+    by_hand = 32 * (4 * 2880 * 4096**2 + 2 * 2880**2 * 4096 + 2 * 2880 * 4096 * 11008)
+    assert flops.paper_flops(2880) == by_hand
+    selector = 4 * (4 * 576 * 1024**2 + 2 * 576**2 * 1024 + 2 * 576 * 1024 * 4096)
+    assert flops.paper_flops(2880, 2, 576) - by_hand == selector
+
+
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "qwen3-vl-8b"])
 def test_the_flops_table_of_a_small_model(name, one_thread):
     vlm = shapes.load(name, shrink=True, device="meta")
