@@ -128,6 +128,17 @@ class Begin(nn.Module):
         return memory, *[x for pair in layers for x in pair], key
 
 
+class Cache:
+    """Keys and values of the picks so far, a pair of every layer, as the decoder grows them."""
+
+    def __init__(self, pairs: list):
+        self.pairs = pairs
+
+    def add(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        self.pairs[layer] = tuple(torch.cat(pair, 2) for pair in zip(self.pairs[layer], new))
+        return self.pairs[layer]
+
+
 class Pick(nn.Module):
     """One step: the newest pick, what Begin gave and the picks before -> logits, grown cache."""
 
@@ -138,10 +149,10 @@ class Pick(nn.Module):
     def forward(self, x: Tensor, keys: list[Tensor], cache: list[Tensor]):
         *layers, key = keys
         projected = [*zip(layers[::2], layers[1::2]), key]
-        pairs = list(zip(cache[::2], cache[1::2]))
+        cache = Cache([*zip(cache[::2], cache[1::2])])
         is_open = torch.ones(key.shape[:2], dtype=torch.bool)
-        logits = self.selector.decoder(x, pairs, projected, is_open)
-        return logits[:, 0], *[x for pair in pairs for x in pair]
+        logits = self.selector.decoder(x, cache, projected, is_open)
+        return logits[:, 0], *[x for pair in cache.pairs for x in pair]
 
 
 class NoPadding(TorchFunctionMode):

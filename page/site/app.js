@@ -296,8 +296,9 @@ function readTheme() {
 }
 
 // The picture with what is dropped veiled, the evidence outlined. numbers: of the patches in kept.
-function draw(canvas, kept, {numbers = false, heat = null} = {}) {
-  const shown = [state.drawn, kept, state.truth?.evidence, heat, veil].join(" | ");
+// frame: the box of a thing that is chosen.
+function draw(canvas, kept, {numbers = false, heat = null, frame = null} = {}) {
+  const shown = [state.drawn, kept, state.truth?.evidence, heat, frame, veil].join(" | ");
   if (canvas.shown === shown) return;                  // nothing has changed
   canvas.shown = shown;
   const context = canvas.getContext("2d"), side = canvas.width, n = world.grid, cell = side / n;
@@ -339,23 +340,17 @@ function draw(canvas, kept, {numbers = false, heat = null} = {}) {
       context.fillText(i + 1, x, y);
     });
   }
-}
-
-function drawScene() {
-  const canvas = $("scene");
-  canvas.shown = null;                                 // the frame around a thing is not in draw()
-  draw(canvas, null);
-  const thing = state.scene.things[state.chosen];
-  if (!thing) return;
-  const context = canvas.getContext("2d"), scale = canvas.width / world.side;
-  const [x0, y0, x1, y1] = thing.box.map(c => c * scale);
-  for (const [width, colour] of [[8, "#000a"], [4, "#fff"]]) {
+  for (const [width, colour] of frame ? [[8, "#000a"], [4, "#fff"]] : []) {
+    const [x0, y0, x1, y1] = frame.map(c => c * side / world.side);
     Object.assign(context, {lineWidth: width, strokeStyle: colour});
     context.setLineDash([16, 10]);
     context.strokeRect(x0 - 6, y0 - 6, x1 - x0 + 12, y1 - y0 + 12);
+    context.setLineDash([]);
   }
-  context.setLineDash([]);
 }
+
+const drawScene = () => draw($("scene"), null, {frame: state.scene.things[state.chosen]?.box});
+
 
 const shownMethods = () => world.methods.filter(({name}) => !cards.get(name).card.hidden);
 
@@ -431,15 +426,22 @@ function drawPlayer() {
 function drawChart(method, episode, most, step) {
   const chart = $("chart");
   $("last-step").textContent = most ? `step ${most}` : "";
-  if (!episode) return chart.replaceChildren();
-  const wide = 480 / most;
-  chart.innerHTML = Array.from({length: most}, (_, t) => {
-    const height = Math.max(118 * policy(method, episode, t).at(-1), 1.5);
-    const when = t + 1 === step ? "now" : t < step ? "past" : "";
-    return `<rect class="${when}" x="${(t + .1) * wide}" y="${120 - height}"
-      width="${wide * .8}" height="${height}"/>`;
-  }).join("");
-  chart.setAttribute("aria-label", `Probability of stop at each of ${most} steps`);
+  if (!episode) {
+    chart.episode = null;
+    return chart.replaceChildren();
+  }
+  const wide = 480 / most, {stop_bias} = steering(method);
+  if (chart.episode !== episode || chart.bias !== stop_bias) {
+    Object.assign(chart, {episode, bias: stop_bias});
+    chart.innerHTML = Array.from({length: most}, (_, t) => {
+      const height = Math.max(118 * policy(method, episode, t).at(-1), 1.5);
+      return `<rect x="${(t + .1) * wide}" y="${120 - height}" width="${wide * .8}"
+        height="${height}"/>`;
+    }).join("");
+    chart.setAttribute("aria-label", `Probability of stop at each of ${most} steps`);
+  }
+  [...chart.children].forEach((bar, t) => bar.setAttribute(
+    "class", t + 1 === step ? "now" : t < step ? "past" : ""));
 }
 
 function stopPlaying() {
