@@ -22,6 +22,7 @@ import shutil
 import subprocess
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,13 @@ def plain_attention():
 @torch.no_grad()
 def save(model: nn.Module, path: Path, given: dict, gives: list[str], grows: dict | None = None
          ) -> None:
-    """given: name -> example, a tensor or a list of them; grows: name -> its axis of any length."""
+    """given: name -> example, a tensor or a list of them; grows: name -> its axis of any length.
+
+    Raises ImportError where the packages for it are missing.
+    """
+    if lacking := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
+        raise ImportError(f"{' and '.join(lacking)} missing, which write the page's models: pip "
+                          "install -r page/requirements.txt")
     def names(name, x):
         return [f"{name}_{i}" for i in range(len(x))] if isinstance(x, list) else [name]
     axes = {}
@@ -237,8 +244,8 @@ def of_baseline(name: str, way, asked, folder_scenes: list[dict]) -> tuple[Entry
                          "of the encoder, or by none")
     kept = orders(way, asked, asked.units.counts[0])
     if not kept:
-        raise ValueError(f"methods={name!r} does not rank: what it keeps of K is no part of what it "
-                         "keeps of K + 1, as the page takes it")
+        raise ValueError(f"methods={name!r} does not rank: what it keeps of K is no part of what "
+                         "it keeps of K + 1, as the page takes it")
     if not way.needs:
         for scene, order in zip(folder_scenes, kept):
             scene.setdefault("drawn", {})[name] = order
@@ -407,6 +414,7 @@ def export(config: ExportConfig) -> Path:
     if vlm.family != "llava" or {*scenes.vocabulary()} - {*vlm.tokenizer.get_vocab()}:
         raise ValueError(f"model={config.model!r}: expected a LLaVA-1.5 that knows the words of "
                          "the tiny world, such as tiny/llava")
+    selectors = [runs.load_selector(run, vlm) for run in config.run]
     rows = [row for row in tiny_world.load_rows(20 * config.scenes)
             if len(row.questions) > 3][:config.scenes]
     shown = [scene_of(row) for row in rows]
@@ -429,8 +437,7 @@ def export(config: ExportConfig) -> Path:
     save(Speak(vlm), out / "models/speak.onnx",
          {"embeds": torch.zeros(1, 30, vlm.dim), "pos": torch.arange(30)[None]}, ["logits"],
          {"embeds": 1, "pos": 1})
-    for run in config.run:
-        selector, about = runs.load_selector(run, vlm)
+    for selector, about in selectors:
         batches = answering.calibration_batches(vlm, steering, 32)
         entries.append(of_selector(selector.float(), about, vlm, out / "models", batches))
     words = vlm.lm.get_input_embeddings().weight

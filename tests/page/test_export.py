@@ -100,10 +100,11 @@ def test_every_note_links_the_line_of_its_function(tmp_path):
     (["--methods", "vispruner"], "'vispruner' does not rank"),
     (["--model", "tiny/qwen2_5_vl"], "expected a LLaVA-1.5 that knows the words"),
     (["--scenes", "0"], "at least 1"),
+    (["--run", "tests"], "tests holds no finished run"),
 ])
 def test_what_the_page_cannot_show_is_said(args, message, tmp_path):
     """Before a package is wanted that only the page needs."""
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, OSError), match=message):
         main([*args, "--out", str(tmp_path), *([] if "--scenes" in args else ["--scenes", "2"])])
 
 
