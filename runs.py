@@ -329,7 +329,9 @@ def command(main: Callable) -> None:
         if len(args) < len(sys.argv) - 1:
             raise
         line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: {line} (--traceback shows where)", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name
+        print(f"{name}: {line} (--traceback shows where)", file=sys.stderr)
         sys.exit(2)
 
 
