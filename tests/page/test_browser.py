@@ -465,6 +465,8 @@ def test_the_picture_of_the_readme(page, tmp_path):
     page.locator("#suggestions button", has_text="what does").first.click()
     cards(page)
     page.set_viewport_size({"width": 1440, "height": 1000})
+    page.mouse.move(0, 0)
+    page.evaluate("scrollTo(0, 0)")
     picture = Image.open(BytesIO(page.screenshot())).convert("RGB")
     page.set_viewport_size({"width": 1440, "height": 900})
     assert picture.size == (1440, 1000)
