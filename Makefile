@@ -45,6 +45,20 @@ speed: .venv/ready
 	for n in llava-1.5-7b llava-next-vicuna-7b qwen2.5-vl-7b; do $(BIN)/python -m measure.gpu $$n --shrink --device cpu \
 		--parts memory --pictures 1 4 8 --options layers=2 --out results/memory/$$n; done
 
+# The page in a browser, see page/README.md: built anew where what it is made of has changed.
+.PHONY: page page-test
+SITE := runs/page
+PORT ?= 8000
+page: $(SITE)/world.json
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory $(SITE) $(PORT)
+page-test: $(SITE)/world.json
+	SITE=$(SITE) $(BIN)/python -m pytest tests/page
+$(SITE)/world.json: .venv/page $(wildcard *.py page/*.* page/site/*) $(SHIPPED:%=%/model.safetensors)
+	$(BIN)/python -m page.export --run $(SHIPPED) --methods random cls_attention --out $(SITE)
+.venv/page: page/requirements.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet --requirement page/requirements.txt
+	touch $@
+
 # A paper's main table on a real backbone: make paper PAPER=autoselect MODEL=llava-hf/llava-1.5-7b-hf
 .PHONY: paper
 paper: .venv/ready

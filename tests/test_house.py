@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # StepPrune has AutoSelect's gate
 FLOORS = ["checkpoints", "common", "runs", "backbones", "baselines", "autoselect", "stepprune",
           "recon_selector", "tiny", "data", "benchmarks", "evaluate", "train", "measure",
-          "examples", "exercises"]
+          "examples", "exercises", "page"]
 ALONE = {"autoselect": {"common", "runs"}, "recon_selector": {"common", "runs", "baselines"},
          "stepprune": {"common", "runs", "autoselect"}, "runs": set(),
          "tiny": {"common", "runs"}}
