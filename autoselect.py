@@ -142,7 +142,7 @@ def zscore(s: Tensor, valid: Tensor | None = None, eps: float = 1e-6) -> Tensor:
 
 
 class _SoftTopK(torch.autograd.Function):
-    """Eq. (4) with the gradient of the exact solution, not of the 60 steps that lead to it.
+    """a, with the gradient of the exact solution, not of the 60 steps that lead to it.    Eq. (4)
 
     Differentiate sum_i a_i = K: with g_i = a_i (1 - a_i),
         da_i/dz_j = g_i / tau (delta_ij - g_j / sum g)        da_i/dK = g_i / sum g.
@@ -184,7 +184,7 @@ class _SoftTopK(torch.autograd.Function):
 
 
 def soft_topk(z: Tensor, k: float | Tensor, tau: float, valid: Tensor | None = None) -> Tensor:
-    """a_i = sigmoid((z_i - theta) / tau), theta such that a sums to K over the image.      Eq. (4)
+    """Eq. (4): a_i = sigmoid((z_i - theta) / tau), theta such that a sums to K over the image.
 
     tau -> 0 gives the 0/1 mask of the K largest. Differentiable in z and in K. One number K must
     fit every image; a tensor, () or (B,), is clamped to each image's token count.

@@ -491,11 +491,12 @@ class FrozenVLM(nn.Module):
             self.processor.chat_template = VICUNA.replace("IMAGE", self.image_token)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype=torch.bfloat16, device="cpu", attn="sdpa",
+    def from_pretrained(cls, name_or_path, dtype=None, device="cpu", attn="sdpa",
                         random_weights: bool = False, protocol: str = "papers",
                         language: bool = True) -> "FrozenVLM":
         """Load a checkpoint folder or hub name; attn: attn_implementation of transformers.
 
+        dtype: without it bfloat16, but float32 on a CPU: most emulate bfloat16, and are slow at it
         device: "meta" gives shapes alone, at once and in no memory: to check all the rest
         random_weights: the model of the config alone, always the same weights, for memory and
         speed without a download. Its answers are meaningless; a warning is printed.
@@ -506,10 +507,10 @@ class FrozenVLM(nn.Module):
         no family serves it, MemoryError if the weights do not fit the device. Raises ValueError
         for a checkpoint that lacks some of them.
         """
+        dtype = dtype or (torch.float32 if "cpu" in str(device) else torch.bfloat16)
         name, device = str(name_or_path), check_device(device, dtype)
         config = read_config(name)
-        family = find_adapter(config)
-        processor = read_processor(name, family.processor_class)
+        processor = read_processor(name, find_adapter(config).processor_class)
         text = config.text_config
         layers = text.num_hidden_layers
         if not language:

@@ -149,7 +149,7 @@ class FeatureSelector(nn.Module):
 
 def gumbel_noise(logits: Tensor, generators: list[torch.Generator]) -> Tensor:
     """-log(-log u) in logits' shape. One generator a row, so that what a picture draws does not
-    depend on those that share its batch."""
+    depend on those that share its batch.                                                Eq. (5)"""
     u = torch.stack([torch.rand(logits.shape[1:], generator=g, device=logits.device)
                      for g in generators])
     u = u.clamp(1e-9, 1 - 1e-7)

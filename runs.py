@@ -19,12 +19,14 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
 import shutil
 import sys
 import tempfile
+import tokenize
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -327,7 +329,9 @@ def command(main: Callable) -> None:
         if len(args) < len(sys.argv) - 1:
             raise
         line = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: {line} (--traceback shows where)", file=sys.stderr)
+        script = Path(sys.argv[0])
+        name = script.parent.name if script.name == "__main__.py" else script.name
+        print(f"{name}: {line} (--traceback shows where)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -409,21 +413,33 @@ def describe(config, selector, vlm, free: tuple) -> dict:
             "training": training, "code": code_of(config.method)}
 
 
+def code_alone(source: str) -> str:
+    """Without comments, docstrings and blank lines; not through ast.unparse(), which writes the
+    same code in another way in every other version of Python."""
+    lines = source.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+                and ast.get_docstring(node, clean=False) is not None):
+            doc = node.body[0]
+            lines[doc.lineno - 1:doc.end_lineno] = [""] * (doc.end_lineno - doc.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
+
+
 def code_of(name: str) -> str:
     """A fingerprint of a method's file and of those whose parts it takes, comments and docstrings
     apart: what was made by other code has another one."""
     text, found, known = "", [load_method(name).__name__], method_names()
     for stem in found:                                # which grows
-        path = Path(importlib.util.find_spec(stem).origin)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-                is_doc = ast.get_docstring(node, clean=False) is not None
-                node.body = node.body[is_doc:] or [ast.Pass()]
+        source = Path(importlib.util.find_spec(stem).origin).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
             names = [getattr(node, "module", None), *(n.name for n in getattr(node, "names", ())
                                                       if isinstance(n, ast.alias))]
             found += [n for n in names if n in known and n not in found]
-        text += ast.unparse(tree)
+        text += code_alone(source)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -492,7 +492,7 @@ def aggregate(pi: Tensor, on: Tensor, gamma: float, how: str = "full") -> Tensor
 
 
 def expected_count(pi: Tensor, on: Tensor) -> Tensor:
-    """(B,) sum_t alive_t (1 - pi_t(stop)) along the picks: |S| of Eq. (15) with a gradient."""
+    """(B,) sum_t alive_t (1 - pi_t(stop)) along the picks: |S| with a gradient.         Eq. (15)"""
     return (on * alive(pi[..., -1]) * (1 - pi[..., -1])).sum(1)
 
 

@@ -36,6 +36,7 @@ from benchmarks.costs import (
 from benchmarks.predictions import Predictions, plain
 from benchmarks.questions import Question
 from common import Prompt, Units
+from data.pictures import oblong
 from runs import Way
 
 # ------------------------------------------------------------------------------------ what is asked
@@ -124,7 +125,8 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
         ) -> QuestionBatch:
     """Some questions, every different picture encoded once, with all that the ways need.
 
-    Raises ValueError naming questions that cannot be read, TooLong for one that is too long.
+    Raises ValueError naming questions that cannot be read, or whose picture the processor refuses,
+    TooLong for one that is too long.
     """
     clock = clock or Clock(vlm.device)
     images = [read_images(question) for question in questions]
@@ -132,7 +134,14 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
     names = list(dict.fromkeys(hashes))
     owner = [names.index(name) for name in hashes]
     rows = [several if len(several) > 1 else several[0] for several in images]
-    pixels = vlm.pictures([rows[owner.index(b)] for b in range(len(names))])
+    try:
+        pixels = vlm.pictures([rows[owner.index(b)] for b in range(len(names))])
+    except ValueError as error:                       # Qwen's processor names no picture
+        for question, several in zip(questions, images):
+            if cause := next(filter(None, map(oblong, several)), None):
+                raise ValueError(f"a picture of question {question.id!r} is {cause}: crop or pad "
+                                 "it in a copy of the data") from error
+        raise
     turns = [[(question.prompt, None)] for question in questions]
     orders = sorted({bool(way and way.ask_twice) for way in ways}) or [False]
     inputs = {}

@@ -95,9 +95,10 @@ def page(tables: dict[str, Table]) -> str:
         count.update(row[-1].strip("*").split(":")[0] for row in rows)
         blocks += [f"## {module.PAPER}", markdown(
             ["where", "claim", "printed", "ours", "raw", "verdict"], rows)]
-    minutes = {(name, vlm): made["minutes"] * len(table.right[name, BUDGETS[0]])
+    minutes = {(vlm, name): made["minutes"] * len(right)
                for vlm, table in tables.items() if "crowded" not in vlm
-               for name, made in table.made.items()}
+               for name, made in table.made.items()
+               for (method, _), right in table.right.items() if method == name}
     summary = ", ".join(f"{n} {verdict}" for verdict, n in count.most_common())
     opening = OPENING.format(hours=sum(minutes.values()) / 60)
     return "\n\n".join([opening.strip(), f"**{sum(count.values())} claims**: {summary}.", *blocks])

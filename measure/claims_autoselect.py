@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 import baselines
 from measure.classify import Classifier, Scenes, classify
 from measure.evidence import Claim, above, ahead, within
-from measure.experiments import Setting
+from measure.experiments import FEWER, Setting
 from measure.likeness import measure_likeness
 
 PAPER = "AutoSelect"
@@ -33,13 +33,11 @@ def classified(vlm, selector) -> dict:
 
 SETTINGS = {
     "autoselect": Setting("--method autoselect", {"llava": 5, "qwen2_5_vl": 3}, "gated threshold",
-                          ("", " reindexed", " crowded"), (likeness, classified)),
-    "scale_gate": Setting("--method autoselect --gate scale"),
-    "global_denoiser": Setting("--method autoselect --denoiser global"),
-    "random_scorer": Setting("--method autoselect --scorer random", ways="gated"),
-    "captions": Setting("--method autoselect --questions 0"),
-    "at_48": Setting("--method autoselect --keep 48"),
-    "at_16": Setting("--method autoselect --keep 16"),
+                          asked=("", " reindexed", " crowded"), measures=(likeness, classified)),
+    "random_scorer": Setting("--method autoselect --scorer random", ways="gated", budgets=FEWER),
+    **{name: Setting(f"--method autoselect {option}", budgets=FEWER) for name, option in {
+        "scale_gate": "--gate scale", "global_denoiser": "--denoiser global",
+        "captions": "--questions 0", "at_48": "--keep 48", "at_16": "--keep 16"}.items()},
 }
 
 CLAIMS = [

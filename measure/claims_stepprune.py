@@ -2,7 +2,7 @@
 arXiv:2606.16067."""
 
 from measure.evidence import Claim, above, ahead, within
-from measure.experiments import Setting
+from measure.experiments import FEWER, Setting
 
 PAPER = "StepPrune"
 BUDGETS = (32, 16, 8)                     # means, of 144 tokens
@@ -14,15 +14,18 @@ OWN_RULES = {"paper_hops": "--hops -1", "paper_k": "--k_rule batch_mean",
 
 SETTINGS = {
     "stepprune": Setting("--method stepprune", {"llava": 5, "qwen2_5_vl": 3}, "exactly",
-                         ("", " reindexed", " crowded")),
-    "half": Setting(HALF),
-    **{name: Setting(f"{HALF} --aggregation {name}")
-       for name in ("last", "uniform", "alive", "discounted")},
-    "causal": Setting(f"{HALF} --causal True"),
-    **{name: Setting(f"{HALF} {options}") for name, options in OWN_RULES.items()},
-    "paper_rules": Setting(" ".join([HALF, *OWN_RULES.values()])),
-    **{f"lambda_{x}": Setting(f"{HALF} --length_weight_end {x}") for x in ("0.01", "1")},
-    "told": Setting(f"{HALF} --price told --length_weight_end 0.01 --max_steps 96"),
+                         asked=("", " reindexed", " crowded")),
+    **{name: Setting(" ".join([HALF, *options]), budgets=FEWER) for name, options in {
+        "half": (),
+        **{name: (f"--aggregation {name}",)
+           for name in ("last", "uniform", "alive", "discounted")},
+        "causal": ("--causal True",),
+        **{name: (options,) for name, options in OWN_RULES.items()},
+        "paper_rules": OWN_RULES.values(),
+        "lambda_0.01": ("--length_weight_end 0.01",),
+        "lambda_1": ("--length_weight_end 1",),
+        "told": ("--price told", "--length_weight_end 0.01", "--max_steps 96"),
+    }.items()},
 }
 # ways to reach a mean K, whose histograms stand side by side in operating_points.png
 OPERATING_POINTS = {"half": "bias on stop", "lambda_0.01": "bias, trained at a low price",

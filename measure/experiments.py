@@ -35,23 +35,40 @@ RUNS = Path("runs/claims")
 RESULTS = Path("results/claims")
 VLMS = ("llava", "qwen2_5_vl")            # in tiny/
 BUDGETS = (72, 48, 32, 16, 8, 4)
+FEWER = (48, 32, 16, 8)                   # of settings that differ from another one by an option
 RIVALS = ("random", "downsample", "cls_attention", "cdpruner_words", "divprune", "visionzip",
           "holov", "fastv")
-# what is asked: {behind the names: options of evaluate.py, table}; a table has its own questions
-ASKED = {"": ("--sample 2000", "{vlm}"),
-         " reindexed": ("--sample 2000 --positions reindex", "{vlm}"),
-         " crowded": ("--sample 1000 --options tiny_world.split=crowded", "{vlm}_crowded")}
-TABLES = tuple(dict.fromkeys(table.format(vlm=vlm) for vlm in VLMS for _, table in ASKED.values()))
 FIRST = 5                                 # steps whose losses tell whether two codes train alike
+
+
+@dataclass
+class Asked:
+    """options: of evaluate.py | table: into which answers go, which has its own questions |
+    left_out: of a setting's K | alone: without the rivals, and without further ways"""
+    options: str
+    table: str
+    left_out: tuple = ()
+    alone: bool = False
+
+
+ASKED = {                                 # {behind the names: what is asked}
+    "": Asked("--sample 1000", "{vlm}"),
+    " reindexed": Asked("--sample 1000 --positions reindex", "{vlm}", (48, 4), alone=True),
+    " crowded": Asked("--sample 1000 --options tiny_world.split=crowded", "{vlm}_crowded", (48, 4)),
+}
+TABLES = tuple(dict.fromkeys(asked.table.format(vlm=vlm) for vlm in VLMS
+                             for asked in ASKED.values()))
 
 
 @dataclass
 class Setting:
     """train: options of train.py | seeds: {vlm: how many} | ways: further ones that are evaluated
-    | asked: of ASKED | measures: functions of (vlm, selector) -> {what: number}"""
+    | budgets: K of all | asked: of ASKED | measures: functions of (vlm, selector) -> {what: number}
+    """
     train: str
     seeds: dict = field(default_factory=lambda: {"llava": 3})
     ways: str = ""
+    budgets: tuple = BUDGETS
     asked: tuple = ("",)
     measures: tuple[Callable, ...] = ()
 
@@ -222,17 +239,19 @@ def evaluate(done: list[Job]) -> None:
     tables = {}
     for vlm in dict.fromkeys(job.vlm for job in done):
         mine = [job for job in done if job.vlm == vlm]
-        for suffix, (options, table) in ASKED.items():
-            rivals = RIVALS
-            for ways in dict.fromkeys(job.setting.ways for job in mine):
-                asked = [job for job in mine if job.setting.ways == ways
-                         and suffix in job.setting.asked]
-                if not asked:
-                    continue
-                out = RUNS / vlm / "_".join(["answers", *suffix.split(), *ways.split()])
+        for suffix, how in ASKED.items():
+            rivals = RIVALS[:1] if how.alone else RIVALS
+            alike = {}                                     # runs that one command evaluates
+            for job in mine:
+                if suffix in job.setting.asked:
+                    ways = "" if how.alone else job.setting.ways
+                    alike.setdefault((job.setting.budgets, ways), []).append(job)
+            for (budgets, ways), asked in alike.items():
+                budgets = [str(k) for k in budgets if k not in how.left_out]
+                out = RUNS / vlm / "_".join(["answers", *suffix.split(), *ways.split(), *budgets])
                 command = [sys.executable, "evaluate.py", "--model", f"tiny/{vlm}", "--draw",
-                           "False", "--methods", *rivals, "--budgets", *map(str, BUDGETS),
-                           *shlex.split(options), "--out", str(out), "--run",
+                           "False", "--methods", *rivals, "--budgets", *budgets,
+                           *shlex.split(how.options), "--out", str(out), "--run",
                            *(str(job.run) for job in asked)]
                 command += ["--ways", *ways.split()] * bool(ways)
                 subprocess.run(command, check=True)
@@ -241,7 +260,7 @@ def evaluate(done: list[Job]) -> None:
                 known = {job.run.name for job in asked}
                 files = {key: rows for key, rows in files["tiny_world"].items()
                          if "/" not in key[0] or key[0].split("/")[-1].split()[0] in known}
-                tables.setdefault(table.format(vlm=vlm), []).append((suffix, files, asked))
+                tables.setdefault(how.table.format(vlm=vlm), []).append((suffix, files, asked))
     for name, parts in tables.items():
         (_, files, _), *_ = parts
         table = Table.of({key: rows for key, rows in files.items() if "/" not in key[0]})

@@ -434,6 +434,15 @@ def test_every_token_gets_a_gradient_where_hard_topk_gives_none():
     assert s.requires_grad and not kept.requires_grad
 
 
+def test_another_scale_changes_no_share():
+    """The scorer cannot undo tau by scaling its scores up."""
+    model, v = AutoSelect(Config(**TINY, denoiser="none")), torch.randn(2, 12, 16)
+    shares = model(v, None, 3, tau=0.3)[1]
+    with torch.no_grad():
+        model.scorer.head.weight.mul_(100)
+    assert torch.allclose(model(v, None, 3, tau=0.3)[1], shares, atol=1e-3)
+
+
 def test_select_is_the_hard_topk_of_the_scores():
     """At inference only the scorer and a hard top-K remain: no noise, no denoiser, the same
     answer twice."""

@@ -54,6 +54,8 @@ BASES = {
     "examples/headline.py": ["autoselect", "--model", "tiny/llava", "--images", "{pictures}",
                              "--out", "{new}", *CPU],
     "examples/run_lmms_eval.py": ["--tasks", "pope", "--run", RUN],
+    "exercises/__main__.py": ["autoselect", "--file", "{new}.py"],
+    "exercises/__main__.py check": ["check", "autoselect", "--file", "autoselect.py"],
     "measure/claims.py": ["--results", "{results}"],
     "measure/check.py": ["tiny/llava", "--out", "{new}", *CPU],
     "measure/classify.py": ["tiny/vit", "--run", RUN, "--out", "{new}", *CPU],
@@ -76,7 +78,7 @@ BASES = {
 }
 READ = {"run", "model", "image", "images", "path", "data_root", "rescore", "classifier", "labels",
         "results", "against", "script", "runs", "measure/spread.py folder"}
-WRITTEN = {"out", "cache_features", "dir", "train.py run", "measure/shapes.py folder"}
+WRITTEN = {"out", "cache_features", "dir", "file", "train.py run", "measure/shapes.py folder"}
 # numbers for which 0 or -1 mean something, besides 0 as the default or as the help explains it
 ZERO = {"workers", "lr", "text", "image_layers", "hops", "gamma", "momentum", "keep_low", "alpha1",
         "alpha2", "length_weight", "length_weight_end", "text_steps"}
@@ -104,6 +106,8 @@ TOGETHER = {
         "--train=--colour", "--train=--steps", "--evaluate=--budget", "--train='",
         "--train=--steps=-2", "--evaluate=--budgets=0", "--sample 5 --steps -2"],
     "examples/run_lmms_eval.py": ["--run a b", "--methods random fastv", "--ways nothing"],
+    "exercises/__main__.py": ["--only softmax", "--limit 5", "--file {script}"],
+    "exercises/__main__.py check": ["--only softmax", "--overwrite", "--file {damaged}/log.jsonl"],
     "measure/experiments.py": ["--only nobody", "--only (", "--jobs 0"],
     "measure/gpu.py": ["--options layers", "--options x=0", "--options layers=0",
                        "--options gate=wide"],
@@ -329,7 +333,8 @@ def cases(command: str, places: dict, monkeypatch) -> list[tuple[list[str], bool
 def commands() -> set[str]:
     """Every file that is one."""
     files = [*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"),
-             *(ROOT / "measure").glob("*.py"), *(ROOT / "tiny").glob("*.py")]
+             *(ROOT / "exercises").glob("*.py"), *(ROOT / "measure").glob("*.py"),
+             *(ROOT / "tiny").glob("*.py")]
     return {str(path.relative_to(ROOT)) for path in files
             if "__name__ == \"__main__\"" in path.read_text(encoding="utf-8")}
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # StepPrune has AutoSelect's gate
 FLOORS = ["checkpoints", "common", "runs", "backbones", "baselines", "autoselect", "stepprune",
           "recon_selector", "tiny", "data", "benchmarks", "evaluate", "train", "measure",
-          "examples"]
+          "examples", "exercises"]
 ALONE = {"autoselect": {"common", "runs"}, "recon_selector": {"common", "runs", "baselines"},
          "stepprune": {"common", "runs", "autoselect"}, "runs": set(),
          "tiny": {"common", "runs"}}
@@ -25,7 +25,7 @@ CORE = ("common.py", "autoselect.py", "train.py", "evaluate.py")
 
 def files():
     return [path for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]
-            if path.parent.name not in ("tests", "notebooks")]
+            if path.parent.name not in ("tests", "notebooks", "coursework")]
 
 
 def room_of(path: Path) -> str:

@@ -34,6 +34,12 @@ def test_any_feature_layer_will_do(name, layer, tmp_path, images):
     )
 
 
+def test_a_cpu_gets_float32_unless_told_otherwise():
+    assert FrozenVLM.from_pretrained("tiny/llava").dtype == torch.float32
+    assert FrozenVLM.from_pretrained("tiny/llava", device="meta").dtype == torch.bfloat16
+    assert FrozenVLM.from_pretrained("tiny/llava", torch.bfloat16).dtype == torch.bfloat16
+
+
 def test_llava_and_llava_next_share_the_vision_half_of_the_fingerprint(tmp_path):
     one, two = (
         FrozenVLM.from_pretrained(make(tmp_path / make.__name__, **how)).fingerprint()

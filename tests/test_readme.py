@@ -15,7 +15,8 @@ from benchmarks import tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "backbones/README.md", "baselines/README.md", "examples/README.md",
-         "measure/README.md", "results/README.md", "tests/README.md", "tiny/README.md"]
+         "exercises/README.md", "measure/README.md", "results/README.md", "tests/README.md",
+         "tiny/README.md"]
 
 
 def commands() -> list[tuple[str, str]]:

@@ -276,7 +276,7 @@ def test_the_loss_goes_down(tmp_path):
 
 def test_a_cache_gives_back_what_it_was_given(tmp_path):
     cache = FeatureCache(tmp_path, {}, torch.bfloat16)
-    vlm = FrozenVLM.from_pretrained("tiny/llava")
+    vlm = FrozenVLM.from_pretrained("tiny/llava", torch.bfloat16)
     pictures = [row.image for row in tiny_world.load_rows(21)[:3]]
     units = vlm.encode(vlm.pictures(pictures))
     cache.fill(3, [None], lambda _: units)

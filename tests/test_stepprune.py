@@ -251,6 +251,14 @@ def test_the_policy_is_a_distribution_over_all_trajectories():
     assert total == pytest.approx(1, abs=1e-10)
 
 
+def test_what_comes_after_a_row_has_stopped_changes_no_probability():
+    pi, on = distribution(3, 5, 6).detach(), running(3, 5)
+    picks = pi.argmax(-1)
+    wanted = [math.log(math.prod(pi[b, t, picks[b, t]].item() for t in range(int(on[b].sum()))))
+              for b in range(3)]
+    assert sp.log_probability(pi, picks, on).tolist() == pytest.approx(wanted, rel=1e-12)
+
+
 def reference(net, memory, valid, most, bias=0., least=1):
     """The loop as the paper prints it, one row, no cache: at every step all earlier picks go
     through all layers again, attention written out. Returns picks (stop included) and their pi."""

@@ -36,11 +36,13 @@ def test_a_killed_run_ends_as_the_unbroken_one_and_a_seed_is_a_run(tmp_path, mon
     assert without_time(whole) == without_time(killed) and len(without_time(whole)) == 4
 
 
-def test_the_loss_goes_down_and_the_vlm_stays_as_it_was(tmp_path):
+def test_the_loss_goes_down_and_the_vlm_stays_as_it_was(tmp_path, capsys):
     before = {name: x.clone() for name, x in load_file(f"{MODEL}/model.safetensors").items()}
     run = short_run(tmp_path, steps=24, batch=8, lr=3e-3, save_every=24)
     losses = [line["loss"] for line in without_time(run)]
     assert sum(losses[-8:]) < .85 * sum(losses[:8])
+    shown = re.findall(r"loss=([\d.]+)", capsys.readouterr().err)         # beside the bar
+    assert float(shown[-1]) == pytest.approx(losses[-1], abs=1e-3)
     assert same(before, load_file(f"{MODEL}/model.safetensors"))
 
 

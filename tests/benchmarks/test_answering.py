@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from prediction_rows import files_for, question, timeless
+from tiny_models import llava_next_video
 
 import baselines
 from backbones.checkpoints import blank_model
@@ -238,6 +239,26 @@ def test_questions_that_do_not_fit_are_named(tiny):
     broken = Question("9", lambda: [picture({"bytes": b"none", "path": "x.png"})], "what ?", {}, 4)
     with pytest.raises(ValueError, match="pictures of question '9' cannot be read: x.png"):
         answering.answer_batch(tiny, [(0, broken)], {})
+
+
+def test_a_picture_that_qwens_processor_refuses_is_named(tiny):
+    sizes = {"a": [(56, 28)], "b": [(56, 28), (6, 1206)]}
+    questions = [Question(name, lambda two=two: [Image.new("RGB", size) for size in two],
+                          "what colour ?", {}, 1) for name, two in sizes.items()]
+    line = (r"^a picture of question 'b' is too oblong: 6x1206 pixels, expected a side of at most "
+            "200 times the other: crop or pad it in a copy of the data$")
+    with pytest.raises(ValueError, match=line):
+        answering.ask(FrozenVLM.from_pretrained("tiny/qwen2_5_vl", torch.float32), questions)
+    # LLaVA's pads it to a square, as the papers do
+    assert len(answering.ask(tiny, questions).units.grid) == 2
+
+
+def test_what_else_is_wrong_with_pictures_is_said_as_it_is(tmp_path):
+    video = FrozenVLM.from_pretrained(llava_next_video(tmp_path), torch.float32)
+    questions = [Question(str(n), lambda n=n: [Image.new("RGB", (9, 9), (n, 0, 0))] * n, "a", {}, 1)
+                 for n in (1, 2)]
+    with pytest.raises(ValueError, match=r"^the rows have \[1, 2\] frames: expected as many"):
+        answering.ask(video, questions)
 
 
 def long_and_short():

@@ -72,7 +72,7 @@ def test_a_killed_run_goes_on_and_ends_as_the_unbroken_one(
     assert evaluate.main(arguments(tmp_path / "cut", family, methods)) == lines
 
 
-def test_scores_come_from_the_files_alone(tmp_path, monkeypatch):
+def test_scores_come_from_the_files_alone(tmp_path, monkeypatch, capsys):
     lines = evaluate.main(arguments(tmp_path / "out", "llava", ["random"]))
 
     def no_model(*_, **__):
@@ -82,6 +82,7 @@ def test_scores_come_from_the_files_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(tiny_world, "load", no_model)
     shutil.copytree(tmp_path / "out/predictions", tmp_path / "elsewhere")
     assert evaluate.main(["--rescore", str(tmp_path / "elsewhere"), "--resamples", "20"]) == lines
+    assert capsys.readouterr().out.count(tables.headline(lines)) == 2
     for name in ("benchmarks.md", "benchmarks.json"):
         assert (tmp_path / "elsewhere" / name).read_text() == (tmp_path / "out" / name).read_text()
     assert (tmp_path / "elsewhere/curve.png").stat().st_size > 5000

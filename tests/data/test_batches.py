@@ -150,7 +150,7 @@ def test_rows_of_questions_go_through_the_model(tiny):
     loss = tiny.loss(replace(prompt, labels=prompt.labels.masked_fill(others, -100)))
     alone = tiny.batch([items[1][1]], [items[1][2][2:3]])
     expected = tiny.loss(tiny.embed(alone, tiny.encode(alone)))
-    assert loss.item() == pytest.approx(expected.item(), rel=0.05)  # bfloat16
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_pictures_alone_have_no_rows(tiny):

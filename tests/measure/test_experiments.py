@@ -11,7 +11,7 @@ import pytest
 import runs
 from measure import claims, experiments
 from measure.evidence import Claim, Table, above, below
-from measure.experiments import Job, Setting
+from measure.experiments import Asked, Job, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = runs.method_names()
@@ -48,6 +48,15 @@ def test_a_fingerprint_leaves_the_code_as_it_is():
     assert all(len(runs.code_of(name)) == 12 for name in METHODS)
 
 
+def test_a_fingerprint_is_of_code_not_of_words():
+    def function(doc: str, body: str) -> str:
+        return f'"""A file."""\n\n\ndef twice(x):\n    """{doc}"""\n    {body}\n'
+    plain = runs.code_alone(function("Two x.", "return f'#{x}' * 2"))
+    assert plain == "def twice(x):\n    return f'#{x}' * 2"
+    assert runs.code_alone(function("2 x,\n\n    in words.", "return f'#{x}' * 2  # two")) == plain
+    assert runs.code_alone(function("Two x.", "return f'#{x}' * 3")) != plain
+
+
 # ---- what there is to do
 
 SHORT = "--method autoselect --steps 6 --batch 2 --layers 1 --save_every 3"
@@ -57,8 +66,9 @@ SHORT = "--method autoselect --steps 6 --batch 2 --layers 1 --save_every 3"
 def small(tmp_path, monkeypatch):
     """One setting of two seeds, twelve questions, the tiny LLaVA; folders of their own."""
     toy = SimpleNamespace(
-        PAPER="Toy", SETTINGS={"toy": Setting(SHORT, {"llava": 2}, "threshold", ("", " reindexed"),
-                                              (lambda vlm, selector: {"width": vlm.width},))},
+        PAPER="Toy", SETTINGS={"toy": Setting(
+            SHORT, {"llava": 2}, "threshold", (16, 8), ("", " reindexed"),
+            (lambda vlm, selector: {"width": vlm.width},))},
         CLAIMS=[Claim("1", "It is as wide as the encoder.", "-",
                       {"width": lambda d: d.measured("toy", "width")}, above(127)),
                 Claim("2", "A threshold keeps 16.", "-",
@@ -74,8 +84,8 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(experiments, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(experiments, "RIVALS", ("random",))
     monkeypatch.setattr(experiments, "ASKED", {
-        "": ("--sample 12 --calibration 12", "{vlm}"),
-        " reindexed": ("--sample 12 --calibration 12 --positions reindex", "{vlm}")})
+        "": Asked("--sample 12 --calibration 12", "{vlm}"),
+        " reindexed": Asked("--sample 12 --positions reindex", "{vlm}", (8,), alone=True)})
     return toy
 
 
@@ -103,9 +113,9 @@ def test_from_a_list_to_a_page(small, capsys):
     assert [job.state() for job in experiments.jobs()] == ["done", "done"]
     table = Table.load(experiments.RESULTS / "llava.json.gz")
     assert table.right["toy", 16].shape == (2, len(table.families))
+    assert ("toy", 8) in table.right and ("toy reindexed", 8) not in table.right
     assert {name for name, _ in table.right} == {
-        "vanilla", "toy", "toy threshold", "toy reindexed", "toy threshold reindexed", "random",
-        "random reindexed"}
+        "vanilla", "toy", "toy threshold", "toy reindexed", "random", "random reindexed"}
     text = claims.main(["--results", str(experiments.RESULTS)])
     verdicts = [line.split("|")[-2].strip() for line in text.splitlines() if line.startswith("| ")]
     assert verdicts == ["verdict", "**holds**", "**holds**", "*runs are missing*",
@@ -144,9 +154,10 @@ def test_every_claim_asks_for_what_is_trained_and_answered():
         for suffix in setting.asked:
             suffix = "" if suffix == " crowded" else suffix
             known |= {f"{name}{way}{suffix}" for way in
-                      ["", *(f" {way}" for way in setting.ways.split()), " mask", " asked twice"]}
+                      ["", *(f" {way}" for way in setting.ways.split() * (not suffix)), " mask",
+                       " asked twice"]}
 
-    class Asked:
+    class Noted:
         """In place of Draws: notes what a claim asks for."""
         def __init__(self):
             self.names = []
@@ -162,7 +173,7 @@ def test_every_claim_asks_for_what_is_trained_and_answered():
         for claim in module.CLAIMS:
             assert claim.table in experiments.TABLES
             for effect in claim.effects.values():
-                effect(asked := Asked())
+                effect(asked := Noted())
                 assert asked.names and {*asked.names} <= known, (claim.place, asked.names)
 
 

@@ -46,7 +46,7 @@ def folder(name, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small(folder, one_thread):
-    return FrozenVLM.from_pretrained(folder, random_weights=True)
+    return FrozenVLM.from_pretrained(folder, torch.bfloat16, random_weights=True)
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_the_cache_is_as_large_as_estimated(small):
 
 
 def test_weights_that_do_not_fit_are_refused_before_loading(llava):
-    # 3 matrices of 10**10 x 64, 2 bytes each, in each of 3 layers
+    # 3 matrices of 10**10 x 64, 4 bytes each, in each of 3 layers
     edit(llava, intermediate_size=10**10)
-    says = r"need 10\d{3}.\d GiB in torch.bfloat16, cpu has .* GiB free: choose"
+    says = r"need 21\d{3}.\d GiB in torch.float32, cpu has .* GiB free: choose"
     for how in (True, False):              # else it would be the missing weights that stop it
         with pytest.raises(MemoryError, match=says):
             FrozenVLM.from_pretrained(llava, random_weights=how)
