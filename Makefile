@@ -40,7 +40,9 @@ classify: .venv/ready
 	$(BIN)/python -m measure.classify tiny/vit --run results/autoselect_tiny/selector --methods random cls_attention \
 		holov visionzip divprune --budgets 48 32 16 8 4 --out results/classify_tiny
 speed: .venv/ready
-	$(BIN)/python -m measure.speed --out results/speed
+	$(BIN)/python -m measure.speed llava-1.5-7b --parts answers --layers 4 --batches 1 --device cpu --dtype float32 \
+		--repeats 2 --new_tokens 1 --out results/speed/speed
+	$(BIN)/python -m measure.speed --parts picks --device cpu --dtype float32 --out results/speed/pointer
 	$(BIN)/python -m measure.flops
 	for n in llava-1.5-7b llava-next-vicuna-7b qwen2.5-vl-7b; do $(BIN)/python -m measure.gpu $$n --shrink --device cpu \
 		--parts memory --pictures 1 4 8 --options layers=2 --out results/memory/$$n; done

@@ -95,16 +95,13 @@ def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
     ks = [k] * len(s) if isinstance(k, int) else [int(each) for each in k]
     if len(ks) != len(s):
         raise ValueError(f"{len(ks)} budgets for {len(s)} images")
-    check_finite(s if valid is None else s.masked_fill(~valid, 0), "scores")
-    every = torch.arange(s.shape[1], device=s.device)
-    kept = []
-    for b, k_b in enumerate(ks):
-        tokens = every if valid is None else valid[b].nonzero().squeeze(1)
-        if not 0 < k_b <= len(tokens):
-            raise ValueError(f"keep={k_b} does not fit {len(tokens)} visual tokens")
-        best = s[b, tokens].argsort(descending=True, stable=True)[:k_b]
-        kept.append(tokens[best].sort().values)    # the language model expects image order
-    return kept
+    valid = torch.ones_like(s, dtype=torch.bool) if valid is None else valid
+    check_finite(s.masked_fill(~valid, 0), "scores")
+    for k_b, tokens in zip(ks, valid.sum(1).tolist()):
+        if not 0 < k_b <= tokens:
+            raise ValueError(f"keep={k_b} does not fit {tokens} visual tokens")
+    order = s.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
+    return [best[:k_b].sort().values for best, k_b in zip(order, ks)]
 
 
 def block(width: int, heads: int) -> nn.TransformerEncoderLayer:

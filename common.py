@@ -36,6 +36,7 @@ from transformers import AutoProcessor, BatchFeature
 from transformers.vision_utils import get_vision_window_index
 
 from backbones.checkpoints import (
+    BY_LENGTH,
     ImageOnlyQwenProcessor,
     blank_model,
     check_device,
@@ -373,6 +374,8 @@ class QwenAdapter(Adapter):
         self.merge = vision.spatial_merge_size
         self.unit_side = self.patch * self.merge
         self.whole = sorted(getattr(vision, "fullatt_block_indexes", self.whole))
+        if (kernels := self.attentions[0].config)._attn_implementation == "sdpa":
+            kernels._attn_implementation = BY_LENGTH           # of the encoder alone
 
     def encode(self, batch):
         grid = batch["image_grid_thw"]

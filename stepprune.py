@@ -54,17 +54,14 @@ What differs from the paper, or what it leaves open [ours]
   over [v; text] in this order: no image token sees the question.
 """
 
-from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.hf_argparser import HfArg
 
@@ -369,14 +366,14 @@ class Episode:
     """What StepPrune.rollout() picks, Eqs. (5)-(8) without gradient and blend, in tensors that are
     written over: no shape grows and nothing waits for the device.
 
-    So a pick compiles whole, and on CUDA `every` picks are one captured graph. A row goes on behind
+    So `every` picks can be one captured CUDA graph, and a pick compiles whole. A row goes on behind
     its stop, which is read off afterwards. `most` is T, rounded up to whole graphs.
     """
 
     def __init__(self, decoder: Decoder, tau: float, memory: Tensor, start: Tensor, valid: Tensor,
                  stop_bias: float, least: int, most: int, every: int = 1):
         self.decoder, self.tau, self.every, self.graph = decoder, tau, every, None
-        self.most = self.upto = -(-most // every) * every
+        self.most, self.at = -(-most // every) * every, None   # at: t where it is known outside
         rows, n, width = memory.shape
         self.memory, self.projected = memory, decoder.project(memory)
         self.is_open = with_stop(valid)
@@ -389,7 +386,10 @@ class Episode:
         self.own = [[memory.new_zeros(rows, heads, self.most, width // heads) for _ in "kv"]
                     for _ in decoder.layers]
         self.turns = torch.arange(self.most, device=memory.device)
-        self.t, self.least = (torch.full_like(self.turns[:1], number) for number in (0, least))
+        self.t = torch.zeros_like(self.turns[:1])
+        self.shut = self.m.new_zeros(self.most + 1)            # what is added to stop
+        self.shut[:least] = -torch.inf
+        self.rows = torch.arange(rows, device=memory.device)[:, None]
         self.picks = torch.zeros_like(self.turns).repeat(rows, 1)
         self.margin = self.m.new_zeros(rows, self.most)
         self.stopped = torch.zeros_like(valid[:, 0])
@@ -397,26 +397,34 @@ class Episode:
     def tensors(self) -> list[Tensor]:
         return [x for x in tree_leaves(vars(self)) if isinstance(x, Tensor)]
 
+    def put(self, kept: Tensor, dim: int, x: Tensor) -> None:
+        """x into the place of this pick."""
+        if self.at is None:
+            kept.index_copy_(dim, self.t, x)
+        else:
+            kept.narrow(dim, self.at, 1).copy_(x)
+
     def add(self, layer: int, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cache.add(), into the place of this pick."""
+        """Cache.add() without growing."""
         for kept, x in zip(self.own[layer], new):
-            kept.index_copy_(2, self.t, x)
-        return tuple(kept[:, :, :self.upto] for kept in self.own[layer])
+            self.put(kept, 2, x)
+        made = self.most if self.at is None else self.at + 1
+        return tuple(kept[:, :, :made] for kept in self.own[layer])
 
     def step(self) -> None:
         """A pick of every row."""
-        seen = self.turns[None, :self.upto] <= self.t
+        seen = self.turns[None] <= self.t if self.at is None else None
         logits = self.decoder(self.x, self, self.projected, self.is_open, seen)[:, 0]
         pi = pointer(logits + self.bias, self.m, self.tau)
         pick = pi.argmax(-1, keepdim=True)                                 # Eq. (7)
-        margin = (logits + self.m)[:, :-1].amax(1, keepdim=True) - logits[:, -1:]
-        self.picks.index_copy_(1, self.t, pick)
-        self.margin.index_copy_(1, self.t, margin)
+        self.put(self.margin, 1,
+                 (logits + self.m)[:, :-1].amax(1, keepdim=True) - logits[:, -1:])
+        self.put(self.picks, 1, pick)
         self.stopped.logical_or_(pick[:, 0] == logits.shape[1] - 1)
-        self.x.copy_(slots(self.memory, pick))
+        self.x.copy_(self.memory[self.rows, pick])
         self.m.scatter_(1, pick, -torch.inf)                               # Eq. (8)
         self.t.add_(1)
-        self.m[:, -1] = torch.where(self.t < self.least, -torch.inf, 0.)
+        self.m[:, -1] = self.shut[self.t if self.at is None else self.at + 1]
 
     def run(self, may_stop: bool) -> tuple[Tensor, Tensor]:
         """picks, margin (B, T'), until all rows have stopped, if they may."""
@@ -424,26 +432,26 @@ class Episode:
             if self.graph:
                 self.graph.replay()
             else:
-                self.upto = self.upto if self.every > 1 else made
-                for _ in range(self.every):
+                for t in range(made - self.every, made):
+                    self.at = t
                     self.step()
             if may_stop and self.stopped.all():
                 break
         return self.picks[:, :made].clone(), self.margin[:, :made].clone()
 
-    def capture(self, step: Callable) -> "Episode":
-        """One of the same shapes whose picks are a graph; step: as above, or compiled."""
+    def capture(self) -> "Episode":
+        """One of the same shapes whose picks are a CUDA graph."""
         other = copy(self)
         vars(other).update(tree_map_only(Tensor, torch.clone, vars(self)))
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            step(other)                                        # compiles, and warms up
+            other.step()                                       # kernels and libraries are loaded
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(self.every):
-                step(other)
+                other.step()
         other.graph = graph
         return other
 
@@ -452,17 +460,6 @@ class Episode:
         for mine, x in zip(self.tensors(), like.tensors()):
             mine.copy_(x)
         return self
-
-
-@cache
-def compiled_step() -> Callable:
-    """Episode.step() in some twenty kernels."""
-    step = torch.compile(Episode.step, fullgraph=True, options={"coordinate_descent_tuning": True})
-
-    def run(episode: Episode) -> None:
-        with sdpa_kernel(SDPBackend.MATH):                     # plain sums, which are fused
-            step(episode)
-    return run
 
 
 GRAPHS = WeakKeyDictionary()              # of each StepPrune: its captured episodes by shape
@@ -579,8 +576,6 @@ class StepPrune(NoiseGate):
             self.told = nn.Sequential(nn.Linear(1, cfg.width), nn.GELU(),
                                       nn.Linear(cfg.width, cfg.width))
         self.register_buffer("k_bar", torch.zeros(()))          # 0: no step seen yet
-        # on CUDA: half a minute for each shape, then faster picks; pays where rows come one by one
-        self.compiled = False
 
     # -------------------------------------------------------------------------------- training
 
@@ -773,19 +768,17 @@ class StepPrune(NoiseGate):
         """The same as a CUDA graph, which stays for further ones of its shapes; as it was where
         that fails, which is said once."""
         kept = GRAPHS.setdefault(self, {})
-        key = (self.compiled, *((x.shape, x.dtype) for x in episode.tensors()),
+        key = (*((x.shape, x.dtype) for x in episode.tensors()),
                *(p.data_ptr() for p in self.decoder.parameters()))
         if key not in kept:
             while len(kept) >= MOST_GRAPHS:
                 kept.pop(next(iter(kept)))
             kept[key] = None
-            for step in [compiled_step(), Episode.step] if self.compiled else [Episode.step]:
-                try:
-                    kept[key] = episode.capture(step)
-                    break
-                except Exception as error:          # whatever a device or compiler cannot do
-                    print(f"StepPrune picks more slowly: {type(error).__name__}: "
-                          f"{str(error).splitlines()[0][:100]}")
+            try:
+                kept[key] = episode.capture()
+            except RuntimeError as error:                       # whatever a device cannot do
+                print(f"StepPrune picks without a CUDA graph, more slowly: "
+                      f"{str(error).splitlines()[0][:100]}")
         return kept[key].restart(episode) if kept[key] else episode
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
+    AttentionInterface,
     AutoConfig,
     AutoModelForImageTextToText,
     PreTrainedConfig,
@@ -37,6 +38,32 @@ class ImageOnlyQwenProcessor(Qwen2_5_VLProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token = self.video_token_id = self.video_processor = None
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+BY_LENGTH = "flash_by_length"         # what is called flash is given all pieces at once
+
+
+def attend_by_length(module, query, key, value, attention_mask=None, scaling=None,
+                     cu_seq_lens_q=None, **kwargs):
+    """Attention within the pieces of one sequence, such as the windows of Qwen2.5-VL's encoder, all
+    of a length in one call: transformers' own sdpa is called once for each of a hundred windows.
+
+    query, key, value (1, heads, n, d) | cu_seq_lens_q (pieces + 1,): where they begin and end
+    -> (1, n, heads, d), None
+    """
+    lengths = cu_seq_lens_q.diff()
+    of_token = lengths.repeat_interleave(lengths)
+    output = torch.empty_like(query)
+    for length in {*lengths.tolist()}:
+        at = (of_token == length).nonzero().squeeze(1)         # piece after piece
+        pieces = (x[0, :, at].unflatten(1, (-1, length)).transpose(0, 1)
+                  for x in (query, key, value))
+        attended = nn.functional.scaled_dot_product_attention(*pieces, scale=scaling)
+        output[0, :, at] = attended.transpose(0, 1).flatten(1, 2)
+    return output.transpose(1, 2), None
+
+
+AttentionInterface.register(BY_LENGTH, attend_by_length)
 
 
 def check_files(folder: Path) -> None:

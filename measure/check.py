@@ -43,7 +43,7 @@ from benchmarks import costs
 from benchmarks.short_answers import NUMBERS, SHORT
 from common import IGNORE, PROTOCOLS, FrozenVLM, Units, kept_mask
 from data.batches import collate
-from measure.gpu import hardware
+from measure.speed import hardware
 from tiny import scenes
 from train import Step, train_step
 

@@ -5,7 +5,7 @@
 
 answers  vision encoder, selection by the methods and by rivals, prefill, new tokens and memory, at
          every number of visual tokens
-picks    StepPrune's loop before and after: rollout(), episode(), on CUDA as a graph and compiled
+picks    StepPrune's loop before and after: rollout() and episode(), which on CUDA is a graph
 
 All weights are random, pictures are noise, texts repeat a word. Calls are made by turns, after one
 of each that is not timed; every figure is the least and the median of them. The limit of a stage is
@@ -204,7 +204,6 @@ def measure_answers(vlm: FrozenVLM, options, peak: dict) -> list[dict]:
     selectors = flops.build_methods(vlm, **options.chosen)
     for selector in selectors.values():
         selector.to(vlm.device, vlm.dtype).eval().requires_grad_(False)
-        selector.compiled = "compiled" in options.variants
     ways = choosers(vlm, options.rivals, selectors)
     lines = []
     for rows in options.batches:
@@ -278,22 +277,15 @@ def measure_picks(options) -> list[dict]:
                 loop = net if dtype == torch.float32 else half_of(net, dtype)
                 m = memory.to(dtype)
 
-                def make(compiled: bool, loop=loop, m=m, valid=valid):
-                    loop.compiled = compiled
-                    return loop.episode(m, valid, least=k, most=k)[0]
-                calls = {"before": lambda loop=loop, m=m, valid=valid: loop.rollout(
-                    m, valid, least=k, most=k).picks, "after": partial(make, False)}
-                if device.type == "cuda" and "compiled" in options.variants:
-                    calls["compiled"] = partial(make, True)
-                start = time.perf_counter()
-                picks = {name: call() for name, call in calls.items()}
+                calls = {"before": partial(loop.rollout, m, valid, least=k, most=k),
+                         "after": partial(loop.episode, m, valid, least=k, most=k)}
+                before, after = calls["before"]().picks, calls["after"]()[0]
                 lines.append({
                     "N": n, "batch": rows, "weights": str(dtype).removeprefix("torch."),
                     **by_turns(calls, device, options.repeats),
-                    "same": all(torch.equal(picks["before"], x) for x in picks.values()),
-                    "differ": (picks["after"] != right).double().mean().item(),
-                    "sets differ": set_difference(picks["after"], right),
-                    "first calls, s": time.perf_counter() - start})
+                    "same": torch.equal(before, after),
+                    "differ": (after != right).double().mean().item(),
+                    "sets differ": set_difference(after, right)})
     return lines
 
 
@@ -310,12 +302,10 @@ def set_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def picks_table(lines: list[dict], picks: int) -> str:
-    calls = [name for name in ("before", "after", "compiled") if name in lines[0]]
-    head = ["N", "batch", "weights", *(f"{name} ms" for name in calls),
-            *(f"{name}, times as fast" for name in calls[1:]), "same picks",
+    head = ["N", "batch", "weights", "before ms", "after ms", "times as fast", "same picks",
             "differ from float32", "as a set"]
-    rows = [[line["N"], line["batch"], line["weights"], *(spread(line[name]) for name in calls),
-             *(ratio(middle(line["before"]), middle(line[name])) for name in calls[1:]),
+    rows = [[line["N"], line["batch"], line["weights"], spread(line["before"]),
+             spread(line["after"]), ratio(middle(line["before"]), middle(line["after"])),
              "yes" if line["same"] else "NO", f"{100 * line['differ']:.1f} %",
              f"{100 * line['sets differ']:.1f} %"] for line in lines]
     return f"Loop of {picks} picks\n\n{markdown(head, rows)}"
@@ -346,8 +336,6 @@ def add_options(parser) -> None:
         help="whose selection is timed too")
     add("--tokens", type=int, nargs="+", default=[576, 2880], help="N of the loop")
     add("--picks", type=int, default=64, help="of the loop")
-    add("--variants", nargs="*", default=["compiled"] if cuda else [], choices=["compiled"],
-        help="of the loop, beside a graph: half a minute more")
     add("--options", nargs="+", default=[], metavar="NAME=VALUE",
         help="of the methods' Configs, where they have them, such as layers=2")
     add("--repeats", type=int, default=5, help="rounds that are timed, after one that is not")

@@ -381,6 +381,7 @@ def fresh(device="cpu", every=8, most=16):
 
 def test_an_episode_waits_for_no_device_and_a_pick_is_few_operators():
     """Tensors that hold no values would fail at the first look at one."""
+    fresh("meta").step()
     assert [x.shape for x in fresh("meta").run(may_stop=False)] == [(3, 16)] * 2
     episode, operators = fresh(), Operators()
     with operators:

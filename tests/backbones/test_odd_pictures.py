@@ -16,6 +16,8 @@ from full_prompt import (
 from PIL import Image
 from tiny_models import NATIVE, VIDEO
 
+from backbones.checkpoints import BY_LENGTH
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RATIOS = [*range(1, 20), 23, 24, 25, 31, 32, 33, 47, 48, 49, 64, 71, 72, 73, 96, 127, 150, 199, 200]
@@ -85,6 +87,24 @@ def test_of_a_thin_picture_the_newlines_stay_with_what_is_kept_of_it(vlm, stock,
         with torch.no_grad():
             torch.testing.assert_close(vlm.logits(prompt)[prompt.mask.bool()], expected[visible],
                                        **TOLERANCE)
+
+
+def test_windows_of_one_length_are_one_call_and_the_features_are_the_same(vlm, monkeypatch):
+    """Bit for bit those of transformers' own sdpa, which is called once a window."""
+    config = getattr(vlm.adapter.attentions[0], "config", None)
+    if getattr(config, "_attn_implementation", None) != BY_LENGTH:
+        pytest.skip("its encoder has no windows, nor several pictures in one sequence")
+    batch = vlm.batch([noise(72, 40), noise(72, 40), noise(24, 40)], [ASKED] * 3)
+    attend, feats, calls = torch.nn.functional.scaled_dot_product_attention, {}, {}
+    for how in (BY_LENGTH, "sdpa"):
+        lengths = []
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                            lambda *args, lengths=lengths, **more: lengths.append(
+                                args[0].shape[-2]) or attend(*args, **more))
+        monkeypatch.setattr(config, "_attn_implementation", how)
+        feats[how], calls[how] = vlm.encode(batch).feats, lengths
+    assert torch.equal(feats[BY_LENGTH], feats["sdpa"])
+    assert len(calls[BY_LENGTH]) < len(calls["sdpa"]) and {*calls[BY_LENGTH]} == {*calls["sdpa"]}
 
 
 def test_what_is_too_oblong_for_a_processor_is_refused_in_one_line(vlm, family):
