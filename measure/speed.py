@@ -332,7 +332,7 @@ def add_options(parser) -> None:
         help="pixels of the pictures; without: those of the backbone")
     add("--text", type=int, default=60, help="tokens of a question")
     add("--new_tokens", type=int, default=32, help="of an answer")
-    add("--rivals", nargs="*", default=RIVALS, choices=baselines.names(),
+    add("--rivals", nargs="+", default=RIVALS, choices=baselines.names(),
         help="whose selection is timed too")
     add("--tokens", type=int, nargs="+", default=[576, 2880], help="N of the loop")
     add("--picks", type=int, default=64, help="of the loop")
