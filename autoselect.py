@@ -101,7 +101,7 @@ def hard_topk(s: Tensor, k, valid: Tensor | None = None) -> list[Tensor]:
         if not 0 < k_b <= tokens:
             raise ValueError(f"keep={k_b} does not fit {tokens} visual tokens")
     order = s.masked_fill(~valid, -math.inf).argsort(dim=1, descending=True, stable=True)
-    return [best[:k_b].sort().values for best, k_b in zip(order, ks)]
+    return [best[:k_b].sort().values for best, k_b in zip(order, ks)]    # in the image's order
 
 
 def block(width: int, heads: int) -> nn.TransformerEncoderLayer:

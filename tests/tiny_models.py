@@ -175,6 +175,25 @@ def llava(folder, seed: int = 0, tokens: str = "words", **config) -> str:
     return _save(LlavaForConditionalGeneration(config), processor, folder, seed)
 
 
+def _qwen_marks(tokenizer) -> dict:
+    return dict(
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.vision_bos_token_id,
+        vision_end_token_id=tokenizer.vision_eos_token_id,
+    )
+
+
+def _qwen_processor(tokenizer) -> ImageOnlyQwenProcessor:
+    images = Qwen2VLImageProcessor(
+        patch_size=4,
+        merge_size=2,
+        temporal_patch_size=2,
+        size={"shortest_edge": 8 * 8, "longest_edge": 80 * 80},
+    )
+    return ImageOnlyQwenProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+
+
 def qwen(folder, seed: int = 0, tokens: str = "words") -> str:
     """Native resolution, 4-pixel patches in 2x2 units of width (4, 16), windows of 2x2 units."""
     tokenizer = _tokenizer(QWEN_MARKS, "<|im_end|>", tokens)
@@ -199,18 +218,9 @@ def qwen(folder, seed: int = 0, tokens: str = "words") -> str:
     config = Qwen2_5_VLConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id,
-        vision_start_token_id=tokenizer.vision_bos_token_id,
-        vision_end_token_id=tokenizer.vision_eos_token_id,
+        **_qwen_marks(tokenizer),
     )
-    images = Qwen2VLImageProcessor(
-        patch_size=4,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 8 * 8, "longest_edge": 80 * 80},
-    )
-    processor = ImageOnlyQwenProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    processor = _qwen_processor(tokenizer)
     return _save(Qwen2_5_VLForConditionalGeneration(config), processor, folder, seed)
 
 
@@ -247,18 +257,9 @@ def qwen3(folder, seed: int = 0, tokens: str = "words", experts: int = 0, **visi
     config = config_class(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.image_token_id,
-        video_token_id=tokenizer.video_token_id,
-        vision_start_token_id=tokenizer.vision_bos_token_id,
-        vision_end_token_id=tokenizer.vision_eos_token_id,
+        **_qwen_marks(tokenizer),
     )
-    images = Qwen2VLImageProcessor(
-        patch_size=4,
-        merge_size=2,
-        temporal_patch_size=2,
-        size={"shortest_edge": 8 * 8, "longest_edge": 80 * 80},
-    )
-    processor = ImageOnlyQwenProcessor(images, tokenizer, chat_template=QWEN_TEMPLATE)
+    processor = _qwen_processor(tokenizer)
     return _save(model_class(config), processor, folder, seed)
 
 
