@@ -158,7 +158,7 @@ def test_the_projects_own_file_passes(method, capsys):
         check_quoted("right", printed)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@FIRST
 def test_typical_wrong_solutions_are_caught_each_by_itself(method, tmp_path, capsys):
     """All in one file: every other equation is judged as if there were none of them."""
     wrong = WRONG[method]
