@@ -76,6 +76,7 @@ BASES = {
     "tiny/classifier.py": ["--out", "{new}"],
     "tiny/pretrain.py": ["--model", "llava", "--out", "{new}"],
 }
+LONG_ONES = {"measure/gpu.py", "measure/speed.py"}
 READ = {"run", "model", "image", "images", "path", "data_root", "rescore", "classifier", "labels",
         "results", "against", "script", "runs", "measure/spread.py folder"}
 WRITTEN = {"out", "cache_features", "dir", "file", "train.py run", "measure/shapes.py folder"}
@@ -343,7 +344,8 @@ def test_every_command_is_here():
     assert commands() == {command.split()[0] for command in BASES}
 
 
-@pytest.mark.parametrize("command", BASES)
+@pytest.mark.parametrize("command", [
+    pytest.param(command, marks=[pytest.mark.slow] * (command in LONG_ONES)) for command in BASES])
 def test_bad_input_ends_in_one_line_or_works(command, places, monkeypatch, tmp_path):
     counts, faults = Counter(), []
     for number, (words, must) in enumerate(cases(command, {**places, "new": "{new}"},

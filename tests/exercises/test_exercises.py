@@ -148,7 +148,8 @@ def test_what_is_open_fails_and_is_all_that_is_taken_out(method, tmp_path, capsy
     assert len(OPEN.findall(here)) == sum(len(equation.functions) for equation in every)
 
 
-@FIRST
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_the_projects_own_file_passes(method, capsys):
     main(["check", method, "--file", f"{method}.py"])
     found = verdicts(printed := capsys.readouterr().out)

@@ -97,6 +97,7 @@ def test_the_plan_says_what_is_there(small, capsys):
     assert [job.seed for job in experiments.jobs("_s1")] == [1]
 
 
+@pytest.mark.slow
 def test_a_training_that_fails_is_named_and_the_others_go_on(small):
     small.SETTINGS = {"wrong": Setting("--method autoselect --heads 3", {"llava": 1}),
                       "wronger": Setting("--method nobody", {"llava": 1})}

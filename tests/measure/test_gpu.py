@@ -44,6 +44,7 @@ def test_the_gpu_program_runs_whole_on_the_cpu(tmp_path, one_thread):
     assert [line["pictures"] for line in result["memory"]] == [1] * 3
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_fit_leaves_the_others(tmp_path, monkeypatch, one_thread):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB\nmore")
