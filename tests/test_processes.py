@@ -73,6 +73,7 @@ evaluate.main(json.loads(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_the_same_selectors_as_one_and_make_the_same_table(tmp_path):
     """Each process runs all methods and an evaluation: to import torch takes longer than these."""
     with socket.socket() as free:

@@ -12,6 +12,7 @@ SMALL = ["llava-1.5-7b", "--batch", "1", "--pictures_batch", "1", "--size", "64"
          "--text", "4", "--answer", "2", "--device", "cpu", "--options", "max_steps=8"]
 
 
+@pytest.mark.slow
 def test_the_gpu_program_runs_whole_on_the_cpu(tmp_path, one_thread):
     result = gpu.main(["qwen2.5-vl-7b", "--shrink", "--device", "cpu", "--batch", "1",
                        "--pictures_batch", "2", "--size", "112", "112", "--batches", "1", "2",

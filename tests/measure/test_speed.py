@@ -12,6 +12,7 @@ SMALL = ["--shrink", "--device", "cpu", "--batches", "1", "2", "--size", "112", 
          "--picks", "9", "--options", "max_steps=9"]
 
 
+@pytest.mark.slow
 def test_answers_and_picks_are_measured_whole(tmp_path, one_thread):
     result = speed.main(["qwen2.5-vl-7b", *SMALL, "--rivals", "divprune", "cls_attention",
                          "--out", str(tmp_path / "small")])
