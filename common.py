@@ -41,6 +41,7 @@ from backbones.checkpoints import (
     blank_model,
     check_device,
     check_room,
+    each_once,
     most_positions,
     read_config,
     read_processor,
@@ -643,15 +644,14 @@ class FrozenVLM(nn.Module):
                              f"{' '.join(words)}")
 
     def _inputs(self, images: list, *text, **how) -> BatchFeature:
-        """Adapter.inputs() of the rows; image_counts (B,) if a row has several pictures."""
+        """Adapter.inputs() of rows, a picture cut up once; image_counts (B,) if one has several."""
         rows = [row if isinstance(row, list) else [row] for row in images]
-        rows = [[picture.convert("RGB") for picture in row] for row in rows]
-        if self.colour:
-            rows = [[square(picture, self.colour) for picture in row] for row in rows]
-        is_video = self.adapter.kind == "video"
-        counts = [1 if is_video else len(row) for row in rows]
-        pictures = rows if is_video else sum(rows, [])
-        batch = self.adapter.inputs(self.processor, pictures, *text, **how)
+        given = {id(picture): picture for row in rows for picture in row}
+        ready = {key: square(each.convert("RGB"), self.colour) for key, each in given.items()}
+        rows = [[ready[id(picture)] for picture in row] for row in rows]
+        counts = [1 if self.adapter.kind == "video" else len(row) for row in rows]
+        pictures = rows if self.adapter.kind == "video" else sum(rows, [])
+        batch = self.adapter.inputs(each_once(self.processor), pictures, *text, **how)
         if max(counts) > 1:
             batch["image_counts"] = torch.tensor(counts)
         batch["pixel_values"] = batch["pixel_values"].to(self.dtype)
@@ -911,11 +911,11 @@ class FrozenVLM(nn.Module):
         self.lm.train(on)                                     # it acts in training mode only
 
 
-def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+def square(image: Image.Image, colour: tuple[int, ...] | None) -> Image.Image:
     """The picture in the middle of a square of its longer side: what LLaVA-1.5 was trained on and
-    is tested with. colour: 0..255; LLaVA takes the mean of CLIP's pictures."""
+    is tested with. colour: 0..255, LLaVA takes the mean of CLIP's pictures; None: as it is."""
     side = max(image.size)
-    if image.size == (side, side):
+    if not colour or image.size == (side, side):
         return image
     whole = Image.new("RGB", (side, side), colour)
     whole.paste(image, ((side - image.width) // 2, (side - image.height) // 2))

@@ -1,6 +1,7 @@
 """Checkpoints of transformers, on disk or on the hub, and the device that they go to: what can go
 wrong is said in one sentence, before a weight is read."""
 
+import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForImageTextToText,
+    BatchFeature,
     PreTrainedConfig,
     Qwen2_5_VLProcessor,
 )
@@ -179,6 +181,36 @@ def read_processor(name: str, processor_class):
     if lacking := [part for part, there in parts.items() if not there]:
         raise ValueError(f"{name!r} lacks {' and '.join(lacking)}: download or copy it again")
     return processor
+
+
+def each_once(processor):
+    """A copy of a processor, or image processor, for which a picture that stands several times in a
+    list is resized and cut up once; the tensors are those of the whole list. Many rows of a batch
+    ask about the picture of another row."""
+    changed = copy.copy(processor)
+    if hasattr(processor, "image_processor"):
+        changed.image_processor = each_once(processor.image_processor)
+        return changed
+
+    def preprocess(images: list, *args, **how) -> BatchFeature:
+        first = {id(image): image for image in images}
+        made = processor.preprocess([*first.values()], *args, **how)
+        if len(first) == len(images):
+            return made
+        place = {key: n for n, key in enumerate(first)}
+        order = [place[id(image)] for image in images]
+        # of some families a picture has several rows of pixels: patches, or crops
+        counts = made["image_grid_thw"].prod(1) if "image_grid_thw" in made else (
+            made.get("num_patches"))
+        for name, x in made.items():
+            if len(x) == len(first):
+                made[name] = x[order]
+            else:
+                parts = x.split(counts.tolist())
+                made[name] = torch.cat([parts[n] for n in order])
+        return made
+    changed.preprocess = preprocess
+    return changed
 
 
 def blank_model(config, dtype=torch.bfloat16, device="meta", attn: str = "sdpa") -> nn.Module:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from transformers import BatchFeature
 
 from backbones import ImageOnlyProcessor, repeat_image_tokens
+from backbones.checkpoints import each_once
 from common import Adapter, LlavaAdapter
 
 
@@ -38,7 +39,7 @@ class LlavaNextVideoAdapter(LlavaAdapter):
             size=dict(given.size), resample=given.resample, image_mean=given.image_mean,
             image_std=given.image_std, do_center_crop=bool(given.do_center_crop),
             crop_size=dict(given.crop_size or given.size))
-        x = single(images=sum(clips, []), return_tensors="pt")["pixel_values"]
+        x = each_once(single)(images=sum(clips, []), return_tensors="pt")["pixel_values"]
         x = x.unflatten(0, (len(clips), -1))                     # (B, frames, 3, H, W)
         count = x.shape[1] * self.pooled ** 2 + self.newlines
         return repeat_image_tokens(self, processor, BatchFeature({"pixel_values": x}),

@@ -21,6 +21,7 @@ from full_prompt import (
     visible_tokens,
 )
 from tiny_models import NATIVE, VIDEO, llava
+from transformers import CLIPImageProcessor
 
 from common import IGNORE, FrozenVLM
 from stepprune import Config as StepConfig
@@ -327,3 +328,34 @@ def test_checkpointing_recomputes_and_changes_nothing(vlm, asked, answered):
         vlm.checkpointing(False)
         hook.remove()
     assert not vlm.lm.training
+
+
+def test_a_picture_is_cut_up_once_however_many_rows_ask(vlm, pictures, monkeypatch):
+    """The tensors are those of rows with pictures of their own."""
+    order = [0, 1, 0, 2, 1, 0]
+    turns = [[(QUESTIONS[b], None)] for b in order]
+    rows = [pictures[b] for b in order]
+    own = [[x.copy() for x in row] if isinstance(row, list) else row.copy() for row in rows]
+    expected, seen = vlm.batch(own, turns), []
+    kind = CLIPImageProcessor if vlm.adapter.kind == "video" else type(
+        vlm.processor.image_processor
+    )
+    process = kind.preprocess
+
+    def watched(self, images, *args, **how):
+        seen.append(len(images))
+        return process(self, images, *args, **how)
+
+    monkeypatch.setattr(kind, "preprocess", watched)
+    once = vlm.batch(rows, turns)
+    assert once.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(once[name], x), name
+    vlm.batch(own, turns)
+    assert 2 * seen[0] == seen[1]  # three pictures, and six
+    if vlm.adapter.kind == "image":
+        a, b = pictures[:2]
+        rows, turns = [[a, b], [b, a], [a, a]], [[(question, None)] for question in QUESTIONS]
+        own = [[x.copy() for x in row] for row in rows]
+        expected = vlm.batch(own, turns)
+        assert all(torch.equal(x, expected[name]) for name, x in vlm.batch(rows, turns).items())
