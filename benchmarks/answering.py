@@ -10,13 +10,15 @@ Shapes  Q questions of a batch, B different pictures among them, K kept units
 """
 
 import hashlib
+import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from baselines.encoder import encode
@@ -121,21 +123,37 @@ class TooLong(ValueError):
         self.row, self.tokens, self.twice = row, tokens, twice
 
 
-def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None = None
-        ) -> QuestionBatch:
-    """Some questions, every different picture encoded once, with all that the ways need.
+class Read(NamedTuple):
+    """What is read of some questions on the CPU, before a model sees them.
 
+    hashes, owner   of every question's pictures, and the place of these among the B different ones
+    pixels, inputs  as of a QuestionBatch
+    """
+    hashes: list[str]
+    owner: list[int]
+    pixels: object
+    inputs: dict
+
+    def to(self, device) -> "Read":
+        inputs = {twice: batch.to(device) for twice, batch in self.inputs.items()}
+        return self._replace(pixels=self.pixels.to(device), inputs=inputs)
+
+
+def read(vlm, questions: list[Question], orders: list[bool]) -> Read:
+    """Pictures decoded, every different one cut up once, and prompts in tokens.
+
+    orders: whether the question stands before the image too, for each prompt that is needed.
     Raises ValueError naming questions that cannot be read, or whose picture the processor refuses,
     TooLong for one that is too long.
     """
-    clock = clock or Clock(vlm.device)
     images = [read_images(question) for question in questions]
     hashes = [content_hash(several) for several in images]
     names = list(dict.fromkeys(hashes))
     owner = [names.index(name) for name in hashes]
-    rows = [several if len(several) > 1 else several[0] for several in images]
+    distinct = [images[owner.index(b)] for b in range(len(names))]
+    distinct = [several if len(several) > 1 else several[0] for several in distinct]
     try:
-        pixels = vlm.pictures([rows[owner.index(b)] for b in range(len(names))])
+        pixels = vlm.pictures(distinct, "cpu")
     except ValueError as error:                       # Qwen's processor names no picture
         for question, several in zip(questions, images):
             if cause := next(filter(None, map(oblong, several)), None):
@@ -143,11 +161,10 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
                                  "it in a copy of the data") from error
         raise
     turns = [[(question.prompt, None)] for question in questions]
-    orders = sorted({bool(way and way.ask_twice) for way in ways}) or [False]
     inputs = {}
     for twice in orders:
         try:
-            inputs[twice] = vlm.batch(rows, turns, ask_twice=twice)
+            inputs[twice] = vlm.batch([distinct[b] for b in owner], turns, "cpu", ask_twice=twice)
         except ValueError as error:
             ids = ", ".join(question.id for question in questions)
             said = f"{error}. The rows, from 0, are the questions {ids}"
@@ -155,6 +172,56 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
                 row, n = map(int, too_long.groups())
                 raise TooLong(said, row, n, twice) from error
             raise ValueError(said) from error
+    return Read(hashes, owner, pixels, inputs)
+
+
+def orders_of(ways) -> list[bool]:
+    """Whether the question stands before the image too, for each prompt that some ways need."""
+    return sorted({bool(way and way.ask_twice) for way in ways}) or [False]
+
+
+class Parts(Dataset):
+    """Part n, read(); None where that fails, which is then said where it is answered."""
+
+    def __init__(self, vlm, parts: list[list[Question]], orders: list[bool]):
+        self.vlm = vlm
+        self.parts = parts
+        self.orders = orders
+
+    def __len__(self):
+        return len(self.parts)
+
+    def __getitem__(self, n):
+        try:
+            return read(self.vlm, self.parts[n], self.orders)
+        except Exception:
+            return None
+
+
+def reads_ahead(vlm) -> bool:
+    """Not on a CPU: it would take the time of what is measured, and gain little where all cores
+    work already. Forked, another process has the VLM as it is, and must not touch the GPU."""
+    return vlm.device.type != "cpu" and "fork" in multiprocessing.get_all_start_methods()
+
+
+def read_ahead(vlm, parts: list[list[Question]], *ways: Way | None) -> Iterable[Read | None]:
+    """Each part, read by another process while the one before is answered; see reads_ahead()."""
+    if not reads_ahead(vlm):
+        return [None] * len(parts)
+    return DataLoader(Parts(vlm, parts, orders_of(ways)), batch_size=None, num_workers=1,
+                      collate_fn=lambda part: part, multiprocessing_context="fork")
+
+
+def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None = None,
+        ready: Read | None = None) -> QuestionBatch:
+    """Some questions, every different picture encoded once, with all that the ways need.
+
+    ready: what has been read of them ahead. Raises as read() does.
+    """
+    clock = clock or Clock(vlm.device)
+    orders = orders_of(ways)
+    hashes, owner, pixels, inputs = (ready or read(vlm, questions, orders)).to(vlm.device)
+    names = list(dict.fromkeys(hashes))
     needs = {}
     for way in filter(None, ways):
         needs |= way.needs
@@ -178,20 +245,21 @@ def ask(vlm, questions: list[Question], *ways: Way | None, clock: Clock | None =
 def calibration_batches(vlm, questions: list[Question], size: int) -> Iterator[tuple]:
     """(units, question) of all questions, `size` at a time: what select() reads. Those that are too
     long are left out."""
-    for start in tqdm(range(0, len(questions), size), "calibrate"):
-        _, asked = ask_what_fits(vlm, questions[start:start + size])
+    parts = [questions[start:start + size] for start in range(0, len(questions), size)]
+    for part, ready in zip(tqdm(parts, "calibrate"), read_ahead(vlm, parts)):
+        _, asked = ask_what_fits(vlm, part, ready=ready)
         if asked:
             yield asked.units, asked.question
 
 
-def ask_what_fits(vlm, questions: list[Question], *ways: Way | None
+def ask_what_fits(vlm, questions: list[Question], *ways: Way | None, ready: Read | None = None
                   ) -> tuple[list[Question], QuestionBatch | None]:
     """The questions that are not too long, and ask() of them; None if there are none."""
     questions = list(questions)
     while questions:
         try:
-            return questions, ask(vlm, questions, *ways)
-        except TooLong as error:
+            return questions, ask(vlm, questions, *ways, ready=ready)
+        except TooLong as error:              # which nothing read ahead can be
             del questions[error.row]
     return [], None
 
@@ -294,18 +362,19 @@ def drown(way: Way, asked: QuestionBatch, budget) -> Tensor:
 
 @torch.no_grad()
 def answer_batch(vlm, part: list[tuple[int, Question]], ways: dict, seed: int = 0,
-                 positions: str = "original") -> dict:
+                 positions: str = "original", ready: Read | None = None) -> dict:
     """{(name, K): rows of a predictions file} of one batch, or an Impossible where K cannot be had.
 
     part: [(number, question), ...] with the same limit of new tokens
-    ways: {(name, K): Way, or None for all tokens}
+    ways: {(name, K): Way, or None for all tokens} | ready: what has been read of them ahead
     A question that is too long for the model gets the row of unanswered().
     """
     if not part:
         return {key: [] for key in ways}
     clock = Clock(vlm.device)
     try:
-        asked = ask(vlm, [question for _, question in part], *ways.values(), clock=clock)
+        questions = [question for _, question in part]
+        asked = ask(vlm, questions, *ways.values(), clock=clock, ready=ready)
     except TooLong as error:
         return answer_around(vlm, part, ways, error, seed, positions)
     tokens = asked.tokens()
@@ -531,13 +600,19 @@ def run(vlm, questions, ways: dict, files: dict[tuple, Predictions], batch: int 
     is printed; so is a question that is too long for the model, which is not asked again.
     """
     ways = dict(ways)
-    for part in tqdm(batches(questions, batch)[process::processes], title, disable=process > 0):
-        lacking = {key: way for key, way in ways.items()
-                   if any(question.id not in files[key].done for _, question in part)}
-        if not lacking:
+
+    def lacking(part: list) -> dict:
+        return {key: way for key, way in ways.items()
+                if any(question.id not in files[key].done for _, question in part)}
+    parts = batches(questions, batch)[process::processes]
+    todo = [part for part in parts if lacking(part)]
+    bar = tqdm(todo, title, initial=len(parts) - len(todo), total=len(parts), disable=process > 0)
+    questions_of = [[question for _, question in part] for part in todo]
+    for part, ready in zip(bar, read_ahead(vlm, questions_of, *ways.values())):
+        unread, turns = {}, lacking(part)
+        if not turns:                                          # ways were left out meanwhile
             continue
-        unread = {}
-        for key, rows in answer_batch(vlm, part, lacking, seed, positions).items():
+        for key, rows in answer_batch(vlm, part, turns, seed, positions, ready).items():
             if isinstance(rows, Impossible):
                 print(f"{key[0]} {key[1]}: left out, {rows}")
                 del ways[key]

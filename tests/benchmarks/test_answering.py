@@ -1,7 +1,9 @@
 """Questions asked in batches: the same answers as one by one, whatever is cut off or left out."""
 
 
+import os
 import time
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -319,6 +321,39 @@ def test_what_is_too_long_twice_is_asked_once(tiny, monkeypatch):
     assert len(units) == 1
     only = answering.answer_batch(tiny, part[1:2], ways)
     assert all(x["too long"] for (x,) in only.values())
+
+
+def test_what_is_read_ahead_is_answered_as_ever(tiny, tmp_path, monkeypatch):
+    """By another process, with a question that is too long, once or twice, among the others."""
+    questions = sample(tiny_world.load(n=20), 9) + long_and_short()
+    questions = [replace(each, id=str(n), limit=4) for n, each in enumerate(questions)]
+    monkeypatch.setattr(tiny, "limit", prompt_length(tiny, questions[10]))
+    ways = {("vanilla", 0): None, ("random", 48): baselines.way("random", tiny),
+            ("twice", "all"): Way(ask_twice=True, stages=lambda k, tokens: {})}
+    plain = files_for(tmp_path / "plain", questions, ways)
+    answering.run(tiny, questions, ways, plain, 4)
+    steered = [*answering.calibration_batches(tiny, questions, 4)]
+
+    def watched(n, images):
+        def read():
+            (tmp_path / f"{n} {os.getpid()}").touch()
+            return images()
+        return read
+    watched = [replace(each, images=watched(n, each.images)) for n, each in enumerate(questions)]
+    ahead = files_for(tmp_path / "ahead", questions, ways)
+    monkeypatch.setattr(answering, "reads_ahead", lambda vlm: True)
+    answering.run(tiny, watched, ways, ahead, 4)
+    for way in ways:
+        rows = predictions.read(ahead[way].path)[1]
+        assert timeless(rows) == timeless(predictions.read(plain[way].path)[1])
+    assert ["too long" in row for row in rows] == [n == 10 for n in range(12)]
+    here = {path.name.split()[0] for path in tmp_path.glob(f"* {os.getpid()}")}
+    assert here == {"8", "9", "10", "11"}          # the batch of the one that was refused there
+    assert len([*tmp_path.glob("* *")]) == 12 + 4
+    for (units, words), (same, as_well) in zip(
+        steered, answering.calibration_batches(tiny, questions, 4), strict=True
+    ):
+        assert torch.equal(units.feats, same.feats) and torch.equal(words[0], as_well[0])
 
 
 def test_k_counts_units_before_and_inside_the_language_model(vlm, family):
