@@ -27,7 +27,7 @@ from transformers.hf_argparser import HfArg
 import evaluate
 import runs
 from backbones.checkpoints import check_device, read_config
-from benchmarks.costs import is_large, that_fit, training_bytes
+from benchmarks.costs import is_large, pictures_that_fit
 from common import PROTOCOLS, FrozenVLM, find_adapter
 from data.batches import batches, cached, causes, open_data
 from data.sets import DATA, settle
@@ -56,7 +56,8 @@ class TrainConfig:
     autocast: bool = HfArg(default=False, help="the selector's matrix products in bfloat16")
     checkpointing: Literal["auto", "on", "off"] = HfArg(
         default="auto", help="recompute the language model's activations in the backward pass: "
-                             "less memory, a third more time; auto: from a billion parameters on")
+                             "less memory, a third more time; auto: of a billion parameters and "
+                             "more, if without it half a process's pictures do not fit at a time")
     # of one data set, what stands here is its value and no list: see data/sets.py
     data: list[str] = runs.many(["scenes"], "the tiny world's scenes, a folder of pictures, or a "
                                 "data set by name; several are mixed", choices=DATA)
@@ -272,13 +273,12 @@ def fit_micro(config, vlm, selector, data, first_step: int, accelerator) -> int:
         items = item_numbers(few, first_step, accelerator)
         state = Step(first_step, config.steps, config.seed, items, accelerator, config.autocast)
         return lambda: train_step(selector, vlm, [largest], state)
-    fixed, picture = training_bytes(selector, step, vlm.device)
-    fit = min(gather_object([that_fit(picture, vlm.device, share, fixed)]))
-    accelerator.print(f"training takes {fixed / 2**30:.3f} GiB and {picture / 2**30:.3f} GiB a "
-                      f"picture: {fit} at a time fit")
+    ways = {"auto": [False, True] if is_large(vlm) else [False], "on": [True], "off": [False]}
+    fit, said = pictures_that_fit(vlm, selector, step, share, ways[config.checkpointing])
+    accelerator.print(f"training takes {said}: {fit} at a time fit")
     if not fit:
-        raise ValueError(f"not even one picture at a time fits, {(fixed + picture) / 2**30:.1f} "
-                         "GiB: expected --checkpointing on, fewer --questions, or a larger device")
+        raise ValueError(f"not even one picture at a time fits, training takes {said}: expected "
+                         "--checkpointing on, fewer --questions, or a larger device")
     return divisor(share, fit)
 
 

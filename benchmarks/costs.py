@@ -7,6 +7,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -143,17 +145,49 @@ def training_bytes(selector, step: Callable, device: torch.device) -> tuple[int,
     """What a training step takes beside the weights that are there: bytes whatever the number of
     pictures, with gradients and AdamW's two moments, and bytes of each picture.
 
-    step(n)() makes the gradients of n pictures; the selector comes out as it went in.
+    step(n)() makes the gradients of n pictures; the selector comes out as it went in. Where twice
+    the memory of one picture is not there, two are not tried: all may be the picture's.
     """
     before = copy.deepcopy(selector.state_dict())
+    moments = 2 * sum(p.nbytes for p in selector.parameters())
     peaks = []
     for n in (1, 2):
-        peaks.append(peak_bytes(step(n), device))
-        selector.zero_grad(set_to_none=True)
-        selector.load_state_dict(before)
+        try:
+            peaks.append(peak_bytes(step(n), device))
+        finally:
+            selector.zero_grad(set_to_none=True)
+            selector.load_state_dict(before)
+        # all processes take the same steps, which add up what they find
+        if n == 1 and not all(gather_object([that_fit(2 * peaks[0], device, 1)])):
+            return moments, peaks[0]
     picture = max(peaks[1] - peaks[0], 1)
-    moments = 2 * sum(p.nbytes for p in selector.parameters())
     return max(peaks[0] - picture, 0) + moments, picture
+
+
+def pictures_that_fit(vlm, selector, step: Callable, share: int, ways: list[bool]
+                      ) -> tuple[int, str]:
+    """How many of its `share` of a batch every process can train on at a time, and what is measured
+    of that, in words.
+
+    step(n)() makes the gradients of n pictures
+    ways: checkpointing or not, which is left as it was measured last; the first of them with which
+    half of the share fits [ours], or the last
+    """
+    for on in ways:
+        if selector.reads_language:
+            vlm.checkpointing(on)
+        try:
+            fixed, picture = training_bytes(selector, step, vlm.device)
+            said = f"{fixed / 2**30:.3f} GiB and {picture / 2**30:.3f} GiB a picture"
+            fit = that_fit(picture, vlm.device, share, fixed)
+        except torch.OutOfMemoryError:
+            if PartialState().num_processes > 1:          # the others wait in the midst of a step
+                raise
+            said, fit = "more than there is, even for one picture", 0
+        fit = min(gather_object([fit]))                   # all processes take the same way
+        if 2 * fit >= share:
+            break
+    return fit, said + ", activations recomputed" * (on and selector.reads_language)
 
 
 # ------------------------------------------------------------------------------------ tokens

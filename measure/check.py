@@ -399,7 +399,8 @@ def methods(vlm: FrozenVLM) -> Iterator[tuple]:
 
 @torch.enable_grad()
 def train_on(vlm: FrozenVLM, selector, values: dict, parts: list) -> None:
-    """The gradients of a first step, with activations kept or made again as in train.py."""
+    """The gradients of a first step; a large model's activations are made again, which train.py
+    does where they do not fit."""
     accelerator = Accelerator(cpu=vlm.device.type == "cpu")
     items = [list(range(len(part.owner))) for part in parts]
     vlm.checkpointing(costs.is_large(vlm))

@@ -92,16 +92,73 @@ def test_micro_follows_from_free_memory_and_the_selector_is_the_same(
     """As that of a run that is told the same --micro, bit for bit: to measure changes nothing."""
     told = short_run(tmp_path / "told", method, micro=1)
     monkeypatch.setattr(train, "is_large", lambda vlm: True)       # as if it mattered
-    real = train.that_fit
+    real = costs.that_fit
     for name, fits in (("whole", 2), ("parts", 1)):
-        monkeypatch.setattr(train, "that_fit", lambda *args, fits=fits: min(fits, real(*args)))
+        monkeypatch.setattr(costs, "that_fit", lambda *args, fits=fits: min(fits, real(*args)))
         config, options = train.parse(flags(tmp_path / name, method, checkpointing="off"))
         train.train(config, options)
         assert config.micro == fits
     assert same(weights(tmp_path / "parts"), weights(told))
-    monkeypatch.setattr(train, "that_fit", lambda *args: 0)
-    with pytest.raises(ValueError, match="not even one picture at a time fits, .* GiB: expected "):
+    monkeypatch.setattr(costs, "that_fit", lambda *args: 0)
+    with pytest.raises(ValueError, match="not even one picture at a time fits, .*, activations "
+                                         "recomputed: expected "):
         train.main(flags(tmp_path / "none", method))
+
+
+def test_activations_are_recomputed_where_they_would_not_fit(tmp_path, monkeypatch, capsys):
+    """Half of a process's pictures at a time, without recomputing, is enough; the selector is the
+    same, bit for bit."""
+    told = short_run(tmp_path / "told", "autoselect", micro=1, checkpointing="off")
+    monkeypatch.setattr(train, "is_large", lambda vlm: True)
+    used, asked, kept = [], FrozenVLM.checkpointing, costs.that_fit
+
+    def watched(vlm, on):
+        used.append(on)
+        asked(vlm, on)
+    monkeypatch.setattr(FrozenVLM, "checkpointing", watched)
+    for name, fits, ends_with in (("half", (1, 1), False), ("less", (0, 1), True)):
+        # of twice one picture's bytes nothing is said here
+        monkeypatch.setattr(costs, "that_fit",
+                            lambda row, device, most, fixed=0, fits=fits: (
+                                kept(row, device, most) if most == 1 and not fixed
+                                else fits[used[-1]]))
+        config, options = train.parse(flags(tmp_path / name, "autoselect"))
+        train.train(config, options)
+        assert used[-1] == ends_with and config.micro == 1
+        assert ("activations recomputed: 1 at a time" in capsys.readouterr().out) == ends_with
+        assert same(weights(tmp_path / name), weights(told))
+
+
+def test_two_pictures_are_not_tried_where_one_takes_half_of_what_is_there(tmp_path, monkeypatch):
+    config, vlm, selector, data = prepared(tmp_path, "autoselect")
+    tried = []
+
+    def step(n):
+        tried.append(n)
+        return lambda: torch.zeros(n * 2**18)                          # of 4 bytes
+    moments = 2 * sum(p.nbytes for p in selector.parameters())
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 2.5 * 2**20)
+    assert training_bytes(selector, step, CPU) == (moments, 2**20) and tried == [1, 2]
+    monkeypatch.setattr(costs, "free_bytes", lambda device: 2.3 * 2**20)
+    assert training_bytes(selector, step, CPU) == (moments, 2**20) and tried == [1, 2, 1]
+
+
+def test_of_one_process_what_does_not_fit_at_all_fits_with_activations_recomputed(
+        tmp_path, monkeypatch):
+    config, vlm, selector, data = prepared(tmp_path, "autoselect")
+    used = []
+    monkeypatch.setattr(FrozenVLM, "checkpointing", lambda vlm, on: used.append(on))
+
+    def step(n):
+        def run():
+            if not used[-1]:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            torch.zeros(n * 2**18)
+        return run
+    fit, said = costs.pictures_that_fit(vlm, selector, step, 4, [False, True])
+    assert fit == 4 and used == [False, True] and "recomputed" in said
+    fit, said = costs.pictures_that_fit(vlm, selector, step, 4, [False])
+    assert fit == 0 and said == "more than there is, even for one picture"
 
 
 def test_running_out_of_memory_names_the_flag_and_what_would_fit(tmp_path, monkeypatch):
