@@ -79,7 +79,8 @@ def row_of(claim: Claim, draws: dict[str, Draws]) -> list[str]:
     if seeds[:1] == [1]:
         verdict += ", one seed"              # whose own spread no interval can know
     unit = f"*{claim.unit}*<br>" if claim.unit else ""
-    raw = f"[{' / '.join(map(str, seeds))} seeds](claims/{claim.table}.md)"
+    some = "seed" if seeds == [1] else "seeds"
+    raw = f"[{' / '.join(map(str, seeds))} {some}](claims/{claim.table}.md)"
     return [*start, unit + ours, raw, f"*made by other code: {', '.join(stale)}*" if stale
             else f"**{verdict}**"]
 

@@ -264,13 +264,13 @@ def evaluate(done: list[Job]) -> None:
     for name, parts in tables.items():
         (_, files, _), *_ = parts
         table = Table.of({key: rows for key, rows in files.items() if "/" not in key[0]})
-        for suffix, files, asked in parts:
+        for suffix, files, _ in parts:
             table.add(files, "" if suffix == " crowded" else suffix)
-            for job in asked:
-                table.made[job.name] = job.made()
-                numbers = job.run / "measured.json"
-                for what, x in runs.read_json(numbers).items() if numbers.exists() else ():
-                    table.measured.setdefault((job.name, what), []).append(x)
+        for job in {job.run: job for _, _, asked in parts for job in asked}.values():
+            table.made[job.name] = job.made()
+            numbers = job.run / "measured.json"
+            for what, x in runs.read_json(numbers).items() if numbers.exists() else ():
+                table.measured.setdefault((job.name, what), []).append(x)
         table.save(RESULTS / f"{name}.json.gz")
 
 

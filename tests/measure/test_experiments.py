@@ -114,6 +114,7 @@ def test_from_a_list_to_a_page(small, capsys):
     assert [job.state() for job in experiments.jobs()] == ["done", "done"]
     table = Table.load(experiments.RESULTS / "llava.json.gz")
     assert table.right["toy", 16].shape == (2, len(table.families))
+    assert len(table.measured["toy", "width"]) == 2             # a run counts once, however asked
     assert ("toy", 8) in table.right and ("toy reindexed", 8) not in table.right
     assert {name for name, _ in table.right} == {
         "vanilla", "toy", "toy threshold", "toy reindexed", "random", "random reindexed"}
