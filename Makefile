@@ -24,6 +24,9 @@ headline: .venv/ready
 	$(BIN)/python evaluate.py --run $(SHIPPED) --methods random downsample cls_attention --sample 2000 \
 		--out results/headline
 	$(BIN)/python -m measure.likeness --run results/autoselect_tiny/selector --out results/headline/likeness.png
+	for s in $(SHIPPED); do cp results/headline/summary.md $$s/..; done
+	$(BIN)/python -c "import sys; from benchmarks.tables import refresh; [*map(refresh, sys.argv[1:])]" \
+		README.md results/README.md $(SHIPPED:%=%/README.md)
 cards: .venv/ready
 	$(BIN)/python -m measure.check tiny/llava --out results/check
 	for m in llava qwen2_5_vl; do $(BIN)/python evaluate.py --model tiny/$$m --methods random evidence \
