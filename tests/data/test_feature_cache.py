@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import resource
+import threading
 import time
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from data import feature_cache
 from data.batches import cached, open_data
@@ -123,6 +125,8 @@ def test_who_waits_in_vain_is_told_so(tmp_path, vlm, pictures, monkeypatch, caps
 def share(vlm, folder, rank, processes, pause, made):
     """What train.py does on a process, which takes its time."""
     torch.set_num_threads(1)  # as a loader's workers do: threads do not outlive a fork
+    # tqdm's own lock spans processes: one that is killed would keep it, and all others would wait
+    tqdm.set_lock(threading.RLock())
     config = SimpleNamespace(
         data="scenes",
         model="tiny",
