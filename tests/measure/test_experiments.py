@@ -204,6 +204,7 @@ def test_no_answer_is_older_than_the_code_that_makes_it(name):
         assert 1 <= len(table.right[setting, 16]) <= known[setting].seeds[vlm]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not tables(), reason="the experiments are not done: make claims")
 def test_the_page_is_that_of_the_answers():
     assert claims.page(tables()).strip() == (ROOT / "results/claims.md").read_text().strip()
