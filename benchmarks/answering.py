@@ -181,7 +181,8 @@ def orders_of(ways) -> list[bool]:
 
 
 class Parts(Dataset):
-    """Part n, read(); None where that fails, which is then said where it is answered."""
+    """Part n, read(); None where its questions cannot be read, which is met again, and said, where
+    they are answered."""
 
     def __init__(self, vlm, parts: list[list[Question]], orders: list[bool]):
         self.vlm = vlm
@@ -194,7 +195,7 @@ class Parts(Dataset):
     def __getitem__(self, n):
         try:
             return read(self.vlm, self.parts[n], self.orders)
-        except Exception:
+        except (ValueError, OSError):
             return None
 
 
