@@ -12,6 +12,7 @@ import os
 import shutil
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,9 @@ def main(args: list[str]) -> None:
     if not (options.site / "world.json").exists():
         raise FileNotFoundError(f"site={str(options.site)!r} has no world.json: expected a built "
                                 "page, make page makes it")
+    if not find_spec("playwright"):
+        raise ImportError("playwright is missing, which drives the browser: pip install -r "
+                          "page/requirements.txt")
     from playwright.sync_api import sync_playwright
     handler = functools.partial(Quiet, directory=str(options.site))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)

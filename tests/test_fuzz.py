@@ -21,6 +21,7 @@ import warnings
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import huggingface_hub
@@ -72,13 +73,15 @@ BASES = {
     "measure/speed.py": ["--out", "{new}/speed", *CPU],
     "measure/spread.py": ["{answers}", "--out", "{new}"],
     "measure/training_curves.py": ["{logged}", "--out", "{new}/curves.png"],
+    "page/export.py": ["--run", RUN, "--out", "{new}", "--runtime", "False"],
+    "page/timing.py": ["--site", "{built}"],
     "tiny/benchmarks.py": ["{new}"],
     "tiny/classifier.py": ["--out", "{new}"],
     "tiny/pretrain.py": ["--model", "llava", "--out", "{new}"],
 }
 LONG_ONES = {"measure/gpu.py", "measure/speed.py"}
 READ = {"run", "model", "image", "images", "path", "data_root", "rescore", "classifier", "labels",
-        "results", "against", "script", "runs", "measure/spread.py folder"}
+        "results", "against", "script", "runs", "site", "measure/spread.py folder"}
 WRITTEN = {"out", "cache_features", "dir", "file", "train.py run", "measure/shapes.py folder"}
 # numbers for which 0 or -1 mean something, besides 0 as the default or as the help explains it
 ZERO = {"workers", "lr", "text", "image_layers", "hops", "gamma", "momentum", "keep_low", "alpha1",
@@ -141,10 +144,11 @@ class Endless(BaseException):
 def places(tmp_path_factory):
     """Files and folders that commands are given, good and bad."""
     root = tmp_path_factory.mktemp("fuzz")
-    for name in ("empty", "damaged", "pictures", "answers", "logged"):
+    for name in ("empty", "damaged", "pictures", "answers", "logged", "built"):
         (root / name).mkdir()
     for name in ("config.json", "model.safetensors", "benchmarks.json", "log.jsonl"):
         (root / "damaged" / name).write_text("{")
+    (root / "built/world.json").write_text("{}")
     (root / "file").write_text("{")
     (root / "script.py").write_text("def f():\n    return 1\nf()\n")
     (root / "logged/log.jsonl").write_text('{"step": 0, "loss": 1.0}\n')
@@ -175,8 +179,8 @@ def places(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_work(monkeypatch):
-    """Without a network, and up to where the work begins. lmms-eval is no requirement: its model
-    class stands here alone."""
+    """Without a network, and up to where the work begins. What is no requirement stands here alone:
+    lmms-eval's model class, the page's packages."""
     def stop(*_, **__):
         raise Accepted
 
@@ -195,6 +199,11 @@ def no_work(monkeypatch):
     for name in ("lmms_eval", "lmms_eval.api", "lmms_eval.api.model"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["lmms_eval.api.model"].lmms = object
+    for name in ("onnx", "onnxscript", "playwright", "playwright.sync_api"):
+        module = types.ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["playwright.sync_api"].sync_playwright = stop
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -335,7 +344,7 @@ def commands() -> set[str]:
     """Every file that is one."""
     files = [*ROOT.glob("*.py"), *(ROOT / "examples").glob("*.py"),
              *(ROOT / "exercises").glob("*.py"), *(ROOT / "measure").glob("*.py"),
-             *(ROOT / "tiny").glob("*.py")]
+             *(ROOT / "page").glob("*.py"), *(ROOT / "tiny").glob("*.py")]
     return {str(path.relative_to(ROOT)) for path in files
             if "__name__ == \"__main__\"" in path.read_text(encoding="utf-8")}
 
