@@ -22,8 +22,8 @@ OPEN = "runs are missing"
 OPENING = f"""# Does it hold?
 
 What three papers claim, tried on the tiny world. `python -m measure.experiments` trains and
-answers what this page stands on, {{hours:.0f}} hours on one core so far; `python -m measure.claims`
-makes the page of the answers.
+answers what this page stands on, {{hours:.0f}} hours of training so far, a core or a GPU for each;
+`python -m measure.claims` makes the page of the answers.
 
 **Ours** are points of retention (percent of the score with all tokens) unless a unit is named, of
 several seeds on the same questions, and in brackets the middle 95 % of {DRAWS:,} draws of questions

@@ -84,6 +84,10 @@ CLAIMS = [
                          "paper_stop": "a constant stop state",
                          "paper_start": "W_text starts from chance",
                          "paper_lambda": "a constant lambda"}.items()),
+    Claim("ours", "One training a price, a low one for many tokens and a high one for few, is "
+          "better than one for all that is steered by a bias.", "how it reaches its means is not "
+          "told",
+          ahead("lambda_0.01", "half", (48, 32)) | ahead("lambda_1", "half", (16, 8)), above()),
     Claim("ours", "A selector that is told its price does as well at every mean as one that is "
           "steered by a bias alone.", "how it reaches its means is not told",
           ahead("told", "half", (48, 32, 16, 8)), above(-1)),
