@@ -184,7 +184,13 @@ def plain_attention():
 @torch.no_grad()
 def save(model: nn.Module, path: Path, given: dict, gives: list[str], grows: dict | None = None
          ) -> None:
-    """given: name -> example, a tensor or a list of them; grows: name -> its axis of any length."""
+    """given: name -> example, a tensor or a list of them; grows: name -> its axis of any length.
+
+    Raises ImportError where the packages for it are missing.
+    """
+    if lacking := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
+        raise ImportError(f"{' and '.join(lacking)} missing, which write the page's models: pip "
+                          "install -r page/requirements.txt")
     def names(name, x):
         return [f"{name}_{i}" for i in range(len(x))] if isinstance(x, list) else [name]
     axes = {}
@@ -400,16 +406,13 @@ def to_question(row: tiny_world.Row) -> Question:
 
 @torch.no_grad()
 def export(config: ExportConfig) -> Path:
-    """Write the site. Returns its folder. Raises ImportError where packages for it are missing."""
+    """Write the site. Returns its folder."""
     out = runs.writable(config.out)
     shapes = FrozenVLM.from_pretrained(config.model, device="meta")
     if shapes.family != "llava" or {*scenes.vocabulary()} - {*shapes.tokenizer.get_vocab()}:
         raise ValueError(f"model={config.model!r}: expected a LLaVA-1.5 that knows the words of "
                          "the tiny world, such as tiny/llava")
     selectors = [runs.load_selector(run, shapes, "cpu") for run in config.run]
-    if lacking := [name for name in ("onnx", "onnxscript") if not find_spec(name)]:
-        raise ImportError(f"{' and '.join(lacking)} missing, which write the page's models: pip "
-                          "install -r page/requirements.txt")
     vlm = FrozenVLM.from_pretrained(config.model, torch.float32)
     for name in ("models", "scenes"):
         (out / name).mkdir(parents=True, exist_ok=True)
