@@ -10,6 +10,7 @@ is trained again, or, where the edit was to change nothing, --prove trains its f
 and takes the run where their losses are the same.
 """
 
+import hashlib
 import importlib
 import json
 import os
@@ -234,6 +235,20 @@ def measure(done: list[Job]) -> None:
             runs.write_text(path, json.dumps(numbers, indent=1))
 
 
+def ask(command: list[str], out: Path, asked: list[Path]) -> None:
+    """The answers of those runs that this command has not answered in this folder yet: to steer a
+    run again takes a minute, though no answer of it is missing."""
+    path = out / "predictions/answered.json"
+    there = runs.read_json(path) if path.exists() else {}
+    known = there["weights"] if there.get("command") == command else {}
+    weights = {str(run): hashlib.sha256(
+        (run / "selector/model.safetensors").read_bytes()).hexdigest()[:16] for run in asked}
+    new = [run for run in weights if known.get(run) != weights[run]]
+    if new:
+        subprocess.run([sys.executable, *command, "--out", str(out), "--run", *new], check=True)
+        runs.write_text(path, json.dumps({"command": command, "weights": known | weights}))
+
+
 def evaluate(done: list[Job]) -> None:
     """Answers of all runs that are done and of the rivals, into RESULTS."""
     tables = {}
@@ -249,12 +264,10 @@ def evaluate(done: list[Job]) -> None:
             for (budgets, ways), asked in alike.items():
                 budgets = [str(k) for k in budgets if k not in how.left_out]
                 out = RUNS / vlm / "_".join(["answers", *suffix.split(), *ways.split(), *budgets])
-                command = [sys.executable, "evaluate.py", "--model", f"tiny/{vlm}", "--draw",
-                           "False", "--methods", *rivals, "--budgets", *budgets,
-                           *shlex.split(how.options), "--out", str(out), "--run",
-                           *(str(job.run) for job in asked)]
+                command = ["evaluate.py", "--model", f"tiny/{vlm}", "--draw", "False", "--methods",
+                           *rivals, "--budgets", *budgets, *shlex.split(how.options)]
                 command += ["--ways", *ways.split()] * bool(ways)
-                subprocess.run(command, check=True)
+                ask(command, out, [job.run for job in asked])
                 rivals = RIVALS[:1]                        # the others have been asked
                 files, _ = scores.complete_files(out / "predictions")
                 known = {job.run.name for job in asked}

@@ -3,6 +3,7 @@
 import ast
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,7 +109,7 @@ def test_a_training_that_fails_is_named_and_the_others_go_on(small):
 
 
 @pytest.mark.slow
-def test_from_a_list_to_a_page(small, capsys):
+def test_from_a_list_to_a_page(small, capsys, monkeypatch):
     experiments.main(["--jobs", "2"])
     first = experiments.jobs()[0]
     assert [job.state() for job in experiments.jobs()] == ["done", "done"]
@@ -124,6 +125,20 @@ def test_from_a_list_to_a_page(small, capsys):
                         "*runs are missing: brother*"]
     assert "+128.0 (+128.0 to +128.0)" in text and "[2 seeds](claims/llava.md)" in text
     assert SHORT in (experiments.RESULTS / "llava.md").read_text()
+
+    # what is answered is not asked again, nor steered: of several runs those that are new
+    real, asked = subprocess.run, []
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: asked.append(command) or real(
+        command, **how))
+    experiments.main([])
+    assert not asked
+    path = experiments.RUNS / "llava/answers_threshold_16_8/predictions/answered.json"
+    known = runs.read_json(path)
+    del known["weights"][str(first.run)]
+    path.write_text(json.dumps(known))
+    experiments.main([])
+    assert [command[command.index("--run") + 1:] for command in asked] == [[str(first.run)]]
+    assert Table.load(experiments.RESULTS / "llava.json.gz").right.keys() == table.right.keys()
 
     # made by other code: said, proved by its first losses, or made again
     about = runs.read_json(first.run / "config.json")
