@@ -87,10 +87,15 @@ CLAIMS = [
     Claim("ours", "One training a price, a low one for many tokens and a high one for few, is "
           "better than one for all that is steered by a bias.", "how it reaches its means is not "
           "told",
-          ahead("lambda_0.01", "half", (48, 32)) | ahead("lambda_1", "half", (16, 8)), above()),
+          ahead("lambda_0.01", "half", (48, 32)) | ahead("lambda_1", "half", (16, 8)), above(),
+          note="asked after the runs were seen"),
     Claim("ours", "A selector that is told its price does as well at every mean as one that is "
           "steered by a bias alone.", "how it reaches its means is not told",
           ahead("told", "half", (48, 32, 16, 8)), above(-1)),
+    Claim("ours", "... and fewer of its questions stand at the limit of K.", "not measured",
+          {f"share at the limit, mean of {k}": lambda d, k=k: (
+              d.at_limit("half", k) - d.at_limit("told", k)) for k in (48, 32)},
+          above(), unit="percent", note="asked after the runs were seen"),
     Claim("ours", "... and its K follows the picture more.", "not measured",
           {f"difference of correlations, mean of {k}": lambda d, k=k: (
               d.follows_things("told", k) - d.follows_things("half", k)) for k in (48, 32, 16)},

@@ -170,6 +170,12 @@ class Draws:
         counts = self.counts / self.counts.sum(1, keepdims=True)
         return self.over_seeds(counts @ self.table.kept[name, k].T)
 
+    def at_limit(self, name: str, k) -> np.ndarray:
+        """Percent of the questions that keep as many tokens as any of the same seed."""
+        kept = self.table.kept[name, k]
+        self.used.add(name)
+        return self.share(kept == kept.max(1, keepdims=True), np.ones((1, 1), bool))
+
     def follows_things(self, name: str, k) -> np.ndarray:
         """Correlation of the tokens kept with the number of things in the picture."""
         self.used.add(name)

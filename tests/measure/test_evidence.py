@@ -124,6 +124,13 @@ def test_lost_although_seen_and_hard_questions_are_counted_among_those_they_are_
     assert draws.hard("net", 16, "random")[0] == pytest.approx(expected)
 
 
+def test_the_share_at_the_limit_is_of_each_seeds_own_most(table):
+    table.kept["net own", 16][2, 0] = 99                       # one question of the third seed
+    expected = np.mean([100 * (N // 7) / N, 100 * (N // 7) / N, 100 / N])
+    assert Draws(table, draws=1).at_limit("net own", 16)[0] == pytest.approx(expected)
+    assert Draws(table, draws=1).at_limit("net", 16)[0] == pytest.approx(100)
+
+
 def test_thirds_by_the_tokens_kept(table):
     draws = Draws(table, draws=1)
     kept = table.kept["net own", 16][0]
